@@ -1,0 +1,58 @@
+# Everything a newcomer types. Each target first brings .venv up to date: stamp files follow pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+# The suite starts pairs of ranks of its own: threads beyond one a process only take the other's core.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long check fmt bench docs clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: .venv/.runtime ## train several real tasks on two ZeRO-3 workers under Ray, evaluate, export
+	$(BIN)/hyperscale train demo
+
+test: .venv/.dev ## every test but those marked `long`
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/.dev ## the tests marked `long`, longest-waiting first, for at most HYPERSCALE_LONG_MINUTES (55)
+	$(BIN)/python tests/long_run.py
+
+check: .venv/.dev ## lint, format, types, layers, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
+
+fmt: .venv/.dev ## format and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.dev ## measure what sharding costs a training step
+	$(BIN)/python -m benchmarks
+
+docs: .venv/.runtime ## write docs/recipe.schema.json and docs/cli.md from the program itself
+	$(BIN)/python docs/render.py
+
+clean: ## remove .venv and the tools' caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache dist
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hyperscale needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing the runtime dependencies into .venv (a few minutes, once)"
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	@echo "Installing the development tools into .venv"
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,58 @@
+"""Everything a user can do wrong ends in one of these.
+
+Each message says what is wrong, where, and what to do about it. The command line prints the message alone and
+exits with `exit_code`; `--debug` adds the traceback. Anything else that escapes is a defect of ours.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HyperscaleError(Exception):
+    """A mistake that its user can mend. Never raised for a defect of our own."""
+
+    exit_code = 1
+
+
+class ConfigError(HyperscaleError):
+    """The recipe or an override is wrong: unknown key, wrong type, sections that contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(HyperscaleError):
+    """A task file or its rows are wrong: missing column, malformed line, unknown label, no rows."""
+
+
+class AssetError(HyperscaleError):
+    """A pinned package could not be fetched, or is not what its digest promises."""
+
+
+class BackboneError(HyperscaleError):
+    """The backbone's folder or architecture cannot be used."""
+
+
+class CheckpointError(HyperscaleError):
+    """A checkpoint is missing, damaged, or belongs to another site map."""
+
+
+class EngineError(HyperscaleError):
+    """The engine's configuration contradicts the recipe, or the machine lacks what it needs."""
+
+
+class ResourceError(HyperscaleError):
+    """The cluster cannot give what the recipe asks for."""
+
+
+class RunFolderError(HyperscaleError):
+    """The run folder is busy, not writable, or private to one of several nodes."""
+
+
+class BundleError(HyperscaleError):
+    """A bundle cannot be written in the asked format, or cannot be read."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known spelling, or an empty string."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,28 @@
+"""The package's logger: one line a message, to standard error, silent below WARNING unless asked."""
+
+import logging
+import os
+import sys
+
+_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of one module; `name` is its `__name__`."""
+    return logging.getLogger(name)
+
+
+def set_up_logging(level: str | None = None, rank: int = 0) -> None:
+    """Send our messages to standard error.
+
+    Rank 0 speaks at `level` (default: `HYPERSCALE_LOG`, else INFO), others at ERROR: what all ranks see is said once.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is to those who write the code
+    root = logging.getLogger("hyperscale")
+    wanted = (level or os.environ.get("HYPERSCALE_LOG", "INFO")).upper()
+    root.setLevel(wanted if rank == 0 else max(logging.ERROR, logging.getLevelNamesMapping().get(wanted, 20)))
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+        root.propagate = False
