@@ -1,0 +1,22 @@
+"""The frozen model: which one, and in which precision it is held."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hyperscale.config.section import Section
+
+
+class BackboneSettings(Section):
+    """A Hugging Face LLaMA or T5 model: a packaged name, a local folder, or a hub id."""
+
+    name: str = Field(min_length=1)
+    """`smollm2-135m-instruct` (packaged), a folder (relative to the recipe) or a hub id (`google/t5-v1_1-base`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """How the frozen weights are stored and multiplied; the generator is always fp32."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout inside the backbone while training (T5 was trained with 0.1, LLaMA with none)."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """`auto`: PyTorch's fused kernel on CUDA; plain products on CPUs, where its backward is slow at short lengths."""

@@ -1,0 +1,15 @@
+"""What leaves the run."""
+
+from typing import Literal
+
+from hyperscale.config.section import Section
+
+
+class ExportSettings(Section):
+    """One bundle per task, written when training ends."""
+
+    enabled: bool = True
+    format: Literal["auto", "peft", "native"] = "auto"
+    """`peft`: the folder that PEFT and vLLM load (LoRA only); `native`: ours, for every kind;
+    `auto`: peft where it can say it."""
+    dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,0 +1,163 @@
+"""YAML -> Recipe: packaged names, `key=value` overrides, and every problem reported at once."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hyperscale.config.problems import describe
+from hyperscale.config.run import Recipe
+from hyperscale.config.yaml_file import read_mapping
+from hyperscale.errors import ConfigError, nearest
+
+_PATHS: Mapping[str, Callable[[Path], bool]] = {
+    "backbone.name": Path.is_dir,
+    "engine.ds_config": lambda path: path.suffix == ".json",
+    "data.tasks": lambda path: path.suffix in (".yaml", ".yml"),
+    "data.task_folders": lambda _path: True,
+}
+"""Where a recipe names files, and when such a value is one rather than the name of something packaged or on a hub."""
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the shipped recipes by name."""
+    folder = Path(str(resources.files("hyperscale") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Return the file of a recipe: a path, or the name of a packaged one.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path.absolute()
+    packaged = packaged_recipes()
+    if name_or_path in packaged:
+        return packaged[name_or_path]
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise ConfigError(f"recipe file '{name_or_path}' does not exist (looked in {path.absolute().parent})")
+    raise ConfigError(
+        f"no recipe '{name_or_path}': not a file, and not one of {', '.join(packaged)}."
+        + nearest(name_or_path, packaged)
+    )
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe; every path in the result is absolute.
+
+    Paths inside a recipe (backbone folder, task files, DeepSpeed JSON) are relative to the recipe's own folder, those
+    of overrides to the working directory. So is `output`, since packaged recipes write beside the user's work.
+
+    Args:
+        name_or_path: a YAML file or the name of a packaged recipe.
+        overrides: `dotted.key=value`, the value read as YAML. Those that choose a kind act first, whatever their order.
+
+    Raises:
+        ConfigError: one line per problem, each with its dotted path, the value and what is allowed.
+    """
+    path = find_recipe(name_or_path)
+    raw = read_mapping(path, "a recipe", ConfigError)
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
+        _apply_override(raw, override)
+    return parse_recipe(_with_absolute_paths(raw, path.parent, overrides), str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
+    """Check plain values as a recipe; `where` names their origin in messages."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = describe(error, Recipe, where)
+        raise ConfigError("\n".join(lines)) from error
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as plain JSON values; `parse_recipe` gives it back equal."""
+    return recipe.model_dump(mode="json")
+
+
+def render_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, to lie beside what it made."""
+    return yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from error
+    if isinstance(value, str):
+        value = _number(value)
+    node: Any = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _descend(node, part, ".".join(parents[: depth + 1]), override)
+    if isinstance(node, list):
+        node[_position(node, last, key, override)] = value
+        return
+    if last == "kind" and parents[:1] == ["adaptation"] and node.get("kind", value) != value:
+        node.clear()  # another kind by one word: the old one's own settings would be unknown keys
+    node[last] = value
+
+
+def _descend(node: Any, part: str, path: str, override: str) -> Any:
+    if isinstance(node, list):
+        child = node[_position(node, part, path, override)]
+    else:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override '{override}': '{path}' is {child!r}, not a section")
+    return child
+
+
+def _position(items: list[Any], part: str, path: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        places = f"a position from 0 to {len(items) - 1}" if items else "no position: the list is empty"
+        raise ConfigError(f"override '{override}': '{path}' must end in {places}")
+    return int(part)
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads `5e-4` as text; users mean a number."""
+    try:
+        return float(text) if any(digit.isdigit() for digit in text) else text
+    except ValueError:
+        return text
+
+
+def _with_absolute_paths(raw: dict[str, Any], folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    overridden = [override.partition("=")[0] for override in overrides]
+
+    def absolute(value: Any, key: str, is_path: Callable[[Path], bool]) -> Any:
+        if not isinstance(value, str) or "://" in value:
+            return value
+        from_here = any(key == other or key.startswith(f"{other}.") for other in overridden)
+        path = Path(os.path.expandvars(value)).expanduser()
+        candidate = os.path.normpath((Path.cwd() if from_here else folder) / path)
+        named_as_path = value.startswith((".", "~", "/", "$"))
+        return candidate if named_as_path or is_path(Path(candidate)) else value
+
+    if isinstance(raw.get("output"), str) and "://" not in raw["output"]:
+        raw["output"] = os.path.abspath(Path(os.path.expandvars(raw["output"])).expanduser())
+    for key, is_path in _PATHS.items():
+        section, name = key.split(".")
+        values = raw.get(section)
+        if not isinstance(values, dict):
+            continue
+        if isinstance(values.get(name), list):
+            values[name] = [absolute(item, f"{key}.{place}", is_path) for place, item in enumerate(values[name])]
+        elif name in values:
+            values[name] = absolute(values[name], key, is_path)
+    return raw

@@ -1,0 +1,43 @@
+"""How long, how large and how fast to step."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from hyperscale.config.section import Section
+
+
+class OptimizerSettings(Section):
+    """AdamW over the generator, in fp32."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm over the whole generator; null = no clipping."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up: down to 0 at the last step, along a line or half a cosine, or unchanged."""
+    warmup_steps: int = Field(default=10, ge=0)
+
+
+class TrainingSettings(Section):
+    """The optimizer steps of a run."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Samples that one rank runs at once."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    loss: Literal["token_mean", "sample_mean"] = "token_mean"
+    """Mean over the step's label tokens, or over its samples (so that long targets do not drown short ones)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Also evaluate every so many steps; the end always does."""
+    evaluation_batch_size: int | None = Field(default=None, ge=1)
+    """Rows that one rank scores at once; null = twice `micro_batch_size`, since nothing is kept for a backward pass."""
+    evaluate_untouched: bool = True
+    """Score the backbone without adapters before the first step."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
