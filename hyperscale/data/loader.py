@@ -1,0 +1,148 @@
+"""What one rank runs: its micro-batches of each optimizer step, and its share of an evaluation set.
+
+Under ZeRO-3 every rank must run the model equally often, so all ranks get equally many batches here; where an
+evaluation set is too small for that, fillers (copies of a row, numbered -1) stand in.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hyperscale.config.data import DataSettings
+from hyperscale.data.collate import (
+    Batch,
+    Layout,
+    PromptBatch,
+    ScoringBatch,
+    collate,
+    collate_examples,
+    collate_prompts,
+)
+from hyperscale.data.mixture import Mixture, Sample
+from hyperscale.data.tokenization import Encoded
+from hyperscale.errors import ConfigError
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Return how many micro-batches each rank runs in one optimizer step.
+
+    Raises:
+        ConfigError: the ranks cannot share the batch evenly; names the nearest batch sizes that work.
+    """
+    together = micro_batch_size * world_size
+    if batch_size % together == 0:
+        return batch_size // together
+    below, above = batch_size // together * together, -(-batch_size // together) * together
+    raise ConfigError(
+        f"training.batch_size {batch_size} is no multiple of workers × micro_batch_size = "
+        f"{world_size} × {micro_batch_size}; use {f'{below} or {above}' if below else above}"
+    )
+
+
+class TrainLoader:
+    """Gives one rank its micro-batches, step by step; which samples a step holds depends on no world size."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Sequence[Encoded]],
+        settings: DataSettings,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        pad_token_id: int,
+        is_encoder_decoder: bool,
+    ) -> None:
+        """`datasets`: the training split of every task, in the order of task indices; `batch_size`: over all ranks."""
+        self._datasets = datasets
+        self._accumulation_steps = accumulation_steps(batch_size, micro_batch_size, world_size)
+        self._micro_batch_size = micro_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._layout = Layout(pad_token_id, is_encoder_decoder)
+        lengths = [[example.num_tokens for example in dataset] for dataset in datasets]
+        self._mixture = Mixture(lengths, settings, batch_size, seed)
+
+    def next_step(self) -> list[Batch]:
+        """Return this rank's micro-batches of the next optimizer step; at each, all ranks have like lengths."""
+        samples = self._mixture.next_step()
+        size = self._micro_batch_size
+        places = [(turn * self._world_size + self._rank) * size for turn in range(self._accumulation_steps)]
+        return [self._collate(samples[place : place + size]) for place in places]
+
+    def state(self) -> dict[str, Any]:
+        """Return the place in the order of samples as JSON values; the same on every rank and for any world size."""
+        return self._mixture.state()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; raises `CheckpointError` where the order would be another one."""
+        self._mixture.load_state(state)
+
+    def _collate(self, samples: Sequence[Sample]) -> Batch:
+        examples = [self._datasets[sample.task][sample.row] for sample in samples]
+        return collate_examples(examples, [sample.task for sample in samples], self._layout)
+
+
+def scoring_batches(
+    examples: Sequence[Encoded],
+    tasks: Sequence[int],
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    is_encoder_decoder: bool,
+) -> list[ScoringBatch]:
+    """Return this rank's share of all (example, candidate) rows, as many batches as every other rank gets.
+
+    Rows are sorted by length, so a batch may mix the tasks of `tasks` (one index per example).
+    """
+    pairs = [(row, number) for row, example in enumerate(examples) for number in range(len(example.candidate_ids))]
+    pairs.sort(key=lambda pair: len(examples[pair[0]].source_ids) + len(examples[pair[0]].candidate_ids[pair[1]]))
+    layout = Layout(pad_token_id, is_encoder_decoder)
+    batches = []
+    for chosen, is_filler in _shares(len(pairs), micro_batch_size, rank, world_size):
+        rows, numbers = zip(*(pairs[place] for place in chosen), strict=True)
+        batch = collate(
+            [examples[row].source_ids for row in rows],
+            [examples[row].candidate_ids[number] for row, number in zip(rows, numbers, strict=True)],
+            [tasks[row] for row in rows],
+            layout,
+        )
+        batches.append(ScoringBatch(batch, (-1,) * len(rows) if is_filler else rows, numbers))
+    return batches
+
+
+def prompt_batches(
+    examples: Sequence[Encoded],
+    tasks: Sequence[int],
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    is_encoder_decoder: bool,
+) -> list[PromptBatch]:
+    """Return this rank's share of the prompts, as many batches as every other rank gets, sorted by length."""
+    ordered = sorted(range(len(examples)), key=lambda row: len(examples[row].source_ids))
+    layout = Layout(pad_token_id, is_encoder_decoder)
+    batches = []
+    for chosen, is_filler in _shares(len(ordered), micro_batch_size, rank, world_size):
+        rows = [ordered[place] for place in chosen]
+        numbers = [-1] * len(rows) if is_filler else rows
+        sources = [examples[row].source_ids for row in rows]
+        batches.append(collate_prompts(sources, [tasks[row] for row in rows], numbers, layout))
+    return batches
+
+
+def _shares(num_rows: int, micro_batch_size: int, rank: int, world_size: int) -> list[tuple[range, bool]]:
+    """Cut 0 … num_rows - 1 into batches of almost equal size and return this rank's: their rows, and whether they fill.
+
+    Neighbouring batches go to neighbouring ranks, so that all ranks have like lengths at the same time.
+    """
+    turns = -(-num_rows // (micro_batch_size * world_size))
+    total = turns * world_size
+    bounds = [number * num_rows // total for number in range(total + 1)] if total else []
+    shares = []
+    for turn in range(turns):
+        start, end = bounds[turn * world_size + rank : turn * world_size + rank + 2]
+        first = min(start, num_rows - 1)
+        shares.append((range(start, end), False) if end > start else (range(first, first + 1), True))
+    return shares

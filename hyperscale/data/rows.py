@@ -1,0 +1,102 @@
+"""Files of rows: JSON lines, CSV, TSV and Parquet, every row knowing the file and line it came from."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from hyperscale.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: column -> value, and where it stands (`file:line`; `file:row n` in Parquet)."""
+
+    values: Mapping[str, Any]
+    where: str
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file, chosen by its suffix; blank lines are passed over.
+
+    Raises:
+        DataError: the file is missing, of an unknown suffix, or a line of it is malformed.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file '{path.suffix}'; rows are read from {', '.join(READERS)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    return reader(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if line.strip():
+                yield Row(_parse_json(line, where), where)
+
+
+def _parse_json(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # an escaped half of a surrogate pair parses, but no tokenizer takes it
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        hint = "; a JSON array is not JSON lines: write one object a line" if line.lstrip().startswith(b"[") else ""
+        raise DataError(f"{where}: not valid JSON: {error.msg} at character {error.colno}{hint}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: a row is a JSON object, not {type(values).__name__}; write one object a line")
+    return values
+
+
+def _delimited(delimiter: str) -> Callable[[Path], Iterator[Row]]:
+    def read(path: Path) -> Iterator[Row]:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            try:
+                header = next(reader, [])
+                for fields in reader:
+                    if fields:
+                        yield Row(_by_column(header, fields, f"{path}:{reader.line_num}"), f"{path}:{reader.line_num}")
+            except csv.Error as error:
+                raise DataError(f"{path}:{reader.line_num}: malformed: {error}") from error
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8: {error.reason}") from error
+
+    return read
+
+
+def _by_column(header: list[str], fields: list[str], where: str) -> dict[str, str]:
+    if len(fields) != len(header):
+        raise DataError(f"{where}: {len(fields)} fields where the header has {len(header)}: {', '.join(header)}")
+    return dict(zip(header, fields, strict=True))
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(values, f"{path}:row {number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,197 @@
+"""Examples become token ids, with one rule for the boundary between prompt and answer.
+
+Prompt and answer are always tokenised apart and joined as ids. So a prompt has the same ids in training, in label
+scoring and in generation, whatever answer follows. For a decoder-only model the space between them belongs to the
+answer (`Sentiment:` + ` positive`), as most vocabularies hold words with their leading space; tokenizers that put that
+space themselves (SentencePiece) get none from us, and neither do answers after a chat template's header.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from hyperscale.config.data import DataSettings
+from hyperscale.data.examples import Example
+from hyperscale.data.tasks import Task
+from hyperscale.errors import BackboneError, DataError
+from hyperscale.logger import get_logger
+
+_logger = get_logger(__name__)
+
+TokenIds = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one example."""
+
+    source_ids: TokenIds
+    """The prompt with the special tokens of the tokenizer's own rule; ends in eos for an encoder."""
+    target_ids: TokenIds
+    """The answer and eos."""
+    candidate_ids: tuple[TokenIds, ...]
+    """All answers of a classification, in the order of the task's labels; see `encode_candidates`."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a training step runs for this example."""
+        return len(self.source_ids) + len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """The examples of one split that are within the token limits, and their ids, in the same order."""
+
+    examples: tuple[Example, ...]
+    encoded: tuple[Encoded, ...]
+    dropped: int
+    """Examples left out: no prompt at all, or beyond a limit."""
+
+
+@dataclass(frozen=True)
+class TaskTokenizer:
+    """A tokenizer as one task uses it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    is_encoder_decoder: bool
+
+    def encode_split(self, examples: Sequence[Example], settings: DataSettings) -> EncodedSplit:
+        """Encode a split, applying `max_source_tokens`, `max_target_tokens` and `too_long`.
+
+        Raises:
+            DataError: an example is too long under `too_long: error`, or no example is left.
+        """
+        sources = self.encode_prompts([example.source for example in examples])
+        answers = list(dict.fromkeys(example.target for example in examples))
+        target_ids = dict(zip(answers, self.encode_answers(answers), strict=True))
+        labels = list(dict.fromkeys(example.candidates for example in examples))
+        candidate_ids = {candidates: self.encode_candidates(candidates) for candidates in labels}
+        kept: list[Example] = []
+        encoded: list[Encoded] = []
+        for example, source in zip(examples, sources, strict=True):
+            target = target_ids[example.target]
+            fitting = self._fit(example, source, target, settings)
+            if fitting is not None:
+                kept.append(example)
+                encoded.append(Encoded(fitting, target, candidate_ids[example.candidates]))
+        dropped = len(examples) - len(kept)
+        limits = f"{settings.max_source_tokens} source and {settings.max_target_tokens} target tokens"
+        if dropped and not kept:
+            raise DataError(
+                f"task '{self.task.name}': all {dropped} rows of a split are empty or beyond {limits}; "
+                "raise data.max_source_tokens or data.max_target_tokens"
+            )
+        if dropped:
+            _logger.warning(
+                "task %s: %d of %d rows left out, beyond %s", self.task.name, dropped, len(examples), limits
+            )
+        return EncodedSplit(tuple(kept), tuple(encoded), dropped)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[TokenIds]:
+        """Encode prompts as training, scoring and generation all see them.
+
+        Raises:
+            DataError: the task asks for a chat template and the tokenizer has none, or its template refuses the prompt.
+        """
+        eos = self._eos()
+        if self.task.chat:
+            return self._ids([self._in_chat(prompt) for prompt in prompts], special=False)
+        if self.is_encoder_decoder:
+            return [ids if ids[-1:] == (eos,) else (*ids, eos) for ids in self._ids(prompts, special=True)]
+        # A tokenizer that also closes texts would make the model answer after the end of the text.
+        encoded = self._ids([prompt.rstrip(" ") for prompt in prompts], special=True)
+        return [ids[:-1] if ids[-1:] == (eos,) else ids for ids in encoded]
+
+    def encode_answers(self, answers: Sequence[str]) -> list[TokenIds]:
+        """Encode answers, each closed by eos."""
+        eos = self._eos()
+        space = self._space()
+        return [(*ids, eos) for ids in self._ids([_led_by(space, answer) for answer in answers], special=False)]
+
+    def encode_candidates(self, candidates: Sequence[str]) -> tuple[TokenIds, ...]:
+        """Encode a classification's answers for scoring.
+
+        They carry eos only where one of them begins another: elsewhere the words alone decide, and the chance that a
+        backbone without adapters stops there would add noise.
+
+        Raises:
+            DataError: two answers have the same tokens.
+        """
+        closed = self.encode_answers(candidates)
+        if len(set(closed)) < len(closed):
+            raise DataError(
+                f"task '{self.task.name}': two labels have the same tokens in this vocabulary: {candidates}"
+            )
+        opened = [ids[:-1] for ids in closed]
+        nested = any(longer[: len(shorter)] == shorter for shorter, longer in permutations(opened, 2))
+        return tuple(closed if nested else opened)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return a generated answer as text: up to the first eos, without special tokens and outer spaces."""
+        eos, ids = self._eos(), list(token_ids)
+        answer = ids[: ids.index(eos)] if eos in ids else ids
+        text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text).strip()
+
+    def _ids(self, texts: Sequence[str], special: bool) -> list[TokenIds]:
+        if not texts:
+            return []
+        batch = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return [tuple(ids) for ids in batch["input_ids"]]
+
+    def _in_chat(self, prompt: str) -> str:
+        system = [{"role": "system", "content": self.task.system}] if self.task.system is not None else []
+        messages = [*system, {"role": "user", "content": prompt}]
+        if self.tokenizer.chat_template is None:
+            raise DataError(
+                f"task '{self.task.name}' asks for chat, but the tokenizer has no chat template; set chat: false"
+            )
+        try:
+            return cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise DataError(
+                f"task '{self.task.name}': the tokenizer's chat template refuses the prompt: {error}"
+            ) from error
+
+    def _space(self) -> str:
+        if self.task.chat or self.is_encoder_decoder:
+            return ""
+        first = self.tokenizer.convert_ids_to_tokens(list(self._ids(["a"], special=False)[0]))[0]
+        return "" if first.startswith(("▁", "Ġ")) else " "
+
+    def _eos(self) -> int:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise BackboneError(f"the tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token")
+        return cast(int, eos)
+
+    def _fit(self, example: Example, source: TokenIds, target: TokenIds, settings: DataSettings) -> TokenIds | None:
+        """Return the prompt's ids within the limits, or None where the example must be left out."""
+        if len(source) <= settings.max_source_tokens and len(target) <= settings.max_target_tokens:
+            return source or None
+        if settings.too_long == "error":
+            raise DataError(
+                f"task '{self.task.name}': a row has {len(source)} source and {len(target)} target tokens, more than "
+                f"data.max_source_tokens {settings.max_source_tokens} or data.max_target_tokens "
+                f"{settings.max_target_tokens}: '{example.source[:60]}…'; raise the limits or change data.too_long"
+            )
+        if settings.too_long == "truncate_source" and len(target) <= settings.max_target_tokens:
+            return shorten(source, settings.max_source_tokens)
+        return None
+
+
+def shorten(ids: TokenIds, most: int) -> TokenIds:
+    """Take tokens out of the middle: instructions, chat headers, bos and eos stand at the ends."""
+    if len(ids) <= most:
+        return ids
+    head = most // 2
+    return ids[:head] + ids[len(ids) - (most - head) :]
+
+
+def _led_by(space: str, answer: str) -> str:
+    return answer if answer[:1].isspace() else space + answer
