@@ -1,0 +1,101 @@
+"""A frozen backbone, a generator, and the hooks that join them."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hyperscale.model.architectures import Architecture
+from hyperscale.model.injection import Injection
+from hyperscale.model.sites import SiteMap
+from hyperscale.model.weights import Weights, cast
+
+
+class AdaptedModel:
+    """What the engines run. Takes plain tensors; knows no optimizer, no vendor and no data set."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        generator: nn.Module,
+        injection: Injection,
+        site_map: SiteMap,
+        architecture: Architecture,
+    ) -> None:
+        self.backbone = backbone
+        self.generator = generator
+        self.injection = injection
+        self.site_map = site_map
+        self.architecture = architecture
+        self.dtype: torch.dtype = next(backbone.parameters()).dtype
+        self._positions: Tensor | None = None
+        head = backbone.get_output_embeddings()  # type: ignore[operator]
+        head.register_forward_pre_hook(self._keep_labelled)
+
+    def generate(self, tasks: Tensor) -> Weights:
+        """Return fp32 weights of all sites for task ids [K] int64, with a graph into the generator."""
+        weights: Weights = self.generator(tasks)
+        return weights
+
+    def adapted(self, weights: Weights, slots: Tensor) -> AbstractContextManager[None]:
+        """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the K tasks of `weights`."""
+        return self.injection.active(cast(weights, self.dtype), slots)
+
+    def label_logits(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Return logits [N, V] at the N label positions only; the rest of the vocabulary product is never computed.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 for real tokens.
+            labels: seq2seq decoder targets [B, L] with -100 for none; unused by causal models.
+            positions: [N] flat indices from `label_positions`.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.architecture.is_encoder_decoder:
+            inputs["decoder_input_ids"] = shift_right(labels, self.backbone.config)
+        with self._only_at(positions):
+            logits: Tensor = self.backbone(**inputs).logits
+        return logits
+
+    def _keep_labelled(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._positions is None:
+            return None
+        return (args[0].flatten(0, 1).index_select(0, self._positions),)
+
+    @contextmanager
+    def _only_at(self, positions: Tensor) -> Iterator[None]:
+        self._positions = positions
+        try:
+            yield
+        finally:
+            self._positions = None
+
+
+def shift_right(labels: Tensor, config: Any) -> Tensor:
+    """Return decoder inputs [B, L]: the start token, then the targets but the last, padding in place of -100."""
+    start = labels.new_full((labels.shape[0], 1), config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
+
+
+def label_positions(labels: Tensor, is_encoder_decoder: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Find where a batch is trained, on the CPU, before anything moves to a device.
+
+    Args:
+        labels: [B, L], -100 for none; for causal models aligned with the inputs (token t is predicted from t - 1).
+
+    Returns:
+        `positions` [N] flat indices of the predicting hidden states, `targets` [N] token ids, `samples` [N] batch rows.
+    """
+    if is_encoder_decoder:
+        samples, columns = (labels != -100).nonzero(as_tuple=True)
+        return samples * labels.shape[1] + columns, labels[samples, columns], samples
+    samples, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    return samples * labels.shape[1] + columns, labels[samples, columns + 1], samples
+
+
+def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy [N] in fp32 of logits [N, V] at target ids [N]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)

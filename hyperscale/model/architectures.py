@@ -1,0 +1,94 @@
+"""One row per model family: where its blocks are and what their projections are called. Nothing else names a module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hyperscale.errors import BackboneError, nearest
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of equal transformer blocks."""
+
+    name: str
+    blocks: str
+    """Dotted path of the ModuleList, from the model."""
+    projections: Mapping[str, str]
+    """Short name -> path of the linear layer, from the block. A model lacks some (gated or plain feed-forward)."""
+    sublayers: Mapping[str, str]
+    """Sub-layer name -> path of its last linear layer, whose output goes to the residual."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of backbones, as Hugging Face transformers names its parts."""
+
+    model_type: str
+    model_class: str
+    is_encoder_decoder: bool
+    stacks: tuple[Stack, ...]
+    block_class: str
+    """Class name of a block: the unit that ZeRO-3 gathers and activation checkpointing recomputes."""
+
+
+_LLAMA = Architecture(
+    model_type="llama",
+    model_class="LlamaForCausalLM",
+    is_encoder_decoder=False,
+    stacks=(
+        Stack(
+            name="decoder",
+            blocks="model.layers",
+            projections={
+                "q": "self_attn.q_proj",
+                "k": "self_attn.k_proj",
+                "v": "self_attn.v_proj",
+                "o": "self_attn.o_proj",
+                "gate": "mlp.gate_proj",
+                "up": "mlp.up_proj",
+                "down": "mlp.down_proj",
+            },
+            sublayers={"attention": "self_attn.o_proj", "feed_forward": "mlp.down_proj"},
+        ),
+    ),
+    block_class="LlamaDecoderLayer",
+)
+
+
+def _t5_stack(name: str, feed_forward: int, cross: bool) -> Stack:
+    attention, dense = "layer.0.SelfAttention", f"layer.{feed_forward}.DenseReluDense"
+    projections = {short: f"{attention}.{short}" for short in ("q", "k", "v", "o")}
+    if cross:
+        projections |= {f"cross_{short}": f"layer.1.EncDecAttention.{short}" for short in ("q", "k", "v", "o")}
+    projections |= {short: f"{dense}.{short}" for short in ("wi", "wi_0", "wi_1", "wo")}
+    return Stack(
+        name=name,
+        blocks=f"{name}.block",
+        projections=projections,
+        sublayers={"attention": f"{attention}.o", "feed_forward": f"{dense}.wo"},
+    )
+
+
+_T5 = Architecture(
+    model_type="t5",
+    model_class="T5ForConditionalGeneration",
+    is_encoder_decoder=True,
+    stacks=(_t5_stack("encoder", feed_forward=1, cross=False), _t5_stack("decoder", feed_forward=2, cross=True)),
+    block_class="T5Block",
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (_LLAMA, _T5)}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """Return the row of a family.
+
+    Raises:
+        BackboneError: there is no such row.
+    """
+    if model_type not in ARCHITECTURES:
+        raise BackboneError(
+            f"backbones of type '{model_type}' are not supported; supported: {', '.join(ARCHITECTURES)}."
+            f"{nearest(model_type, ARCHITECTURES)} A new family is one row in hyperscale/model/architectures.py"
+        )
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,113 @@
+"""Greedy decoding and label scoring, over a backbone that may be sharded.
+
+Under ZeRO-3 every rank must run the same number of forwards: `anyone` lets ranks agree on whether one more is needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
+
+Agree = Callable[[bool], bool]
+"""Every rank's flag -> True on all of them if it is True on any."""
+
+
+@torch.no_grad()
+def greedy_decode(
+    model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop_ids: Tensor, anyone: Agree
+) -> Tensor:
+    """Continue each prompt with the most likely token until a stop token; inside `model.adapted(...)`.
+
+    Args:
+        input_ids: [B, T], left-padded for causal models, right-padded for encoder-decoders.
+        attention_mask: [B, T].
+        stop_ids: [E] token ids that end an answer.
+        anyone: see `Agree`; every rank must call this function equally often.
+
+    Returns:
+        New tokens [B, M] with M <= max_new_tokens; after its stop token a row holds the stop token again.
+    """
+    step = _Seq2SeqSteps if model.architecture.is_encoder_decoder else _CausalSteps
+    steps = step(model, input_ids, attention_mask)
+    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    tokens: list[Tensor] = []
+    for _ in range(max_new_tokens):
+        token = steps.next_logits().argmax(-1)
+        token = torch.where(finished, stop_ids[0], token)
+        finished |= torch.isin(token, stop_ids)
+        tokens.append(token)
+        steps.append(token)
+        if not anyone(not bool(finished.all())):
+            break
+    return torch.stack(tokens, dim=1)
+
+
+class _CausalSteps:
+    def __init__(self, model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self._model, self._mask, self._feed = model, attention_mask, input_ids
+        self._places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        self._cache: Any = None
+
+    def next_logits(self) -> Tensor:
+        output = self._model.backbone(
+            input_ids=self._feed,
+            attention_mask=self._mask,
+            position_ids=self._places,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def append(self, token: Tensor) -> None:
+        self._feed = token.unsqueeze(1)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], dim=1)
+        self._places = self._places[:, -1:] + 1
+
+
+class _Seq2SeqSteps:
+    def __init__(self, model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self._model, self._ids, self._mask = model, input_ids, attention_mask
+        start: int = model.backbone.config.decoder_start_token_id  # type: ignore[union-attr, assignment]
+        self._feed = input_ids.new_full((input_ids.shape[0], 1), start)
+        self._cache: Any = None
+        self._encoded: Any = None
+
+    def next_logits(self) -> Tensor:
+        inputs = {"input_ids": self._ids} if self._encoded is None else {"encoder_outputs": (self._encoded,)}
+        output = self._model.backbone(
+            **inputs,
+            attention_mask=self._mask,
+            decoder_input_ids=self._feed,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._encoded, self._cache = output.encoder_last_hidden_state, output.past_key_values
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def append(self, token: Tensor) -> None:
+        self._feed = token.unsqueeze(1)
+
+
+@torch.no_grad()
+def row_log_likelihoods(model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-likelihood [B], fp32, of each row's label tokens; inside `model.adapted(...)`.
+
+    Candidates of one question are rows of their own; the most likely row is the answer. Sums over tokens, so
+    candidates compete with their whole wording, as in the usual label-scoring protocol.
+
+    Args:
+        input_ids, attention_mask, labels: CPU or device tensors as in `AdaptedModel.label_logits`.
+    """
+    device = input_ids.device
+    positions, targets, samples = label_positions(labels.cpu(), model.architecture.is_encoder_decoder)
+    logits = model.label_logits(input_ids, attention_mask, labels, positions.to(device))
+    losses = token_losses(logits, targets.to(device))
+    total = torch.zeros(input_ids.shape[0], dtype=losses.dtype, device=device)
+    return total.index_add(0, samples.to(device), -losses)

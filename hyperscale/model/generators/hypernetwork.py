@@ -1,0 +1,106 @@
+"""One network generates all weights from task, layer and position embeddings.
+
+HyperFormer++ (arXiv 2106.04489) for bottlenecks; HyperLoader (arXiv 2407.01411) for LoRA.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.adaptation import HypernetworkSettings
+from hyperscale.model.generators.generator import GroupSpecs
+from hyperscale.model.generators.heads import Heads, site_rows
+from hyperscale.model.sites import SiteMap
+from hyperscale.model.task_encoders.table import TaskTable
+from hyperscale.model.weights import Weights
+
+
+class Trunk(nn.Module):
+    """concat[task | layer | position] -> Linear -> ReLU -> Linear -> LayerNorm: one code for every task and site."""
+
+    def __init__(
+        self, settings: HypernetworkSettings, task_dim: int, layers: Tensor, positions: Tensor, num_positions: int
+    ) -> None:
+        super().__init__()
+        num_layers = int(layers.max()) + 1
+        self.layer_embedding = nn.Embedding(num_layers, settings.layer_dim)
+        self.position_embedding = nn.Embedding(num_positions, settings.position_dim)
+        nn.init.normal_(self.layer_embedding.weight)
+        nn.init.normal_(self.position_embedding.weight)
+        self.project = nn.Sequential(
+            nn.Linear(task_dim + settings.layer_dim + settings.position_dim, settings.hidden_dim),
+            nn.ReLU(),
+            nn.Linear(settings.hidden_dim, settings.code_dim),
+            nn.LayerNorm(settings.code_dim, eps=1e-6),
+        )
+        self.register_buffer("_layers", layers, persistent=False)
+        self.register_buffer("_positions", positions, persistent=False)
+
+    def forward(self, task_codes: Tensor) -> Tensor:
+        """Return codes [K, S, E'] of task codes [K, E] at all S sites."""
+        layers = self.layer_embedding(self.get_buffer("_layers"))
+        positions = self.position_embedding(self.get_buffer("_positions"))
+        sites = torch.cat([layers, positions], dim=-1)
+        num_tasks, num_sites = task_codes.shape[0], sites.shape[0]
+        pairs = torch.cat(
+            [task_codes.unsqueeze(1).expand(-1, num_sites, -1), sites.unsqueeze(0).expand(num_tasks, -1, -1)], dim=-1
+        )
+        codes: Tensor = self.project(pairs)
+        return codes
+
+
+class StackGenerator(nn.Module):
+    """Trunk and heads for the sites of one stack, or of all stacks together."""
+
+    def __init__(self, settings: HypernetworkSettings, task_dim: int, site_map: SiteMap, specs: GroupSpecs) -> None:
+        super().__init__()
+        ids = {name: number for number, name in enumerate(site_map.positions)}
+        blocks = {
+            block: number
+            for number, block in enumerate(dict.fromkeys((site.stack, site.layer) for site in site_map.sites))
+        }
+        layers = site_rows([blocks[site.stack, site.layer] for site in site_map.sites])
+        positions = site_rows([ids[f"{site.kind}:{site.position}"] for site in site_map.sites])
+        self.trunk = Trunk(settings, task_dim, layers, positions, len(ids))
+        self.heads = Heads(settings.code_dim, specs)
+        rows = {site: row for row, site in enumerate(site_map.sites)}
+        self._buffers_of: dict[str, str] = {}
+        for number, (group, sites) in enumerate(site_map.groups.items()):
+            self._buffers_of[group] = f"_rows_{number}"
+            self.register_buffer(f"_rows_{number}", site_rows([rows[site] for site in sites]), persistent=False)
+
+    def forward(self, task_codes: Tensor) -> Weights:
+        """Return the weights of this generator's groups for task codes [K, E]."""
+        codes = self.trunk(task_codes)
+        return {
+            group: self.heads(group, codes.index_select(1, self.get_buffer(buffer)))
+            for group, buffer in self._buffers_of.items()
+        }
+
+
+class Hypernetwork(nn.Module):
+    """Task encoder and one `StackGenerator` per stack (or one for all)."""
+
+    def __init__(
+        self, settings: HypernetworkSettings, task_encoder: TaskTable, site_map: SiteMap, specs: GroupSpecs
+    ) -> None:
+        super().__init__()
+        self.task_encoder = task_encoder
+        parts = {"joint": site_map} if settings.stacks == "joint" else _by_stack(site_map)
+        self.stacks = nn.ModuleDict(
+            {
+                name: StackGenerator(settings, task_encoder.dim, part, {group: specs[group] for group in part.groups})
+                for name, part in parts.items()
+            }
+        )
+
+    def forward(self, task_index: Tensor) -> Weights:
+        """Return the weights of all sites for task ids [K]."""
+        task_codes = self.task_encoder(task_index)
+        weights: dict[str, dict[str, Tensor]] = {}
+        for generator in self.stacks.values():
+            weights.update(generator(task_codes))
+        return weights
+
+
+def _by_stack(site_map: SiteMap) -> dict[str, SiteMap]:
+    return {stack: SiteMap(tuple(site for site in site_map.sites if site.stack == stack)) for stack in site_map.stacks}

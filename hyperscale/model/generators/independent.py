@@ -1,0 +1,59 @@
+"""Weights that are parameters: one set for each task (Houlsby et al.) or one set for all."""
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale.model.generators.generator import GroupSpecs
+from hyperscale.model.sites import SiteMap
+from hyperscale.model.weights import Weights
+
+
+class WeightTable(nn.Module):
+    """Stored weights of all sites in `num_sets` rows; tensors [num_sets, S, …] as they would be generated."""
+
+    def __init__(self, site_map: SiteMap, specs: GroupSpecs, num_sets: int) -> None:
+        super().__init__()
+        self._specs = specs
+        self._names: dict[tuple[str, str], str] = {}
+        for group, sites in site_map.groups.items():
+            for name, spec in specs[group].items():
+                key = f"{group}/{name}".replace("/", "__")
+                start = torch.zeros(num_sets, len(sites), *spec.shape)
+                if spec.start == "normal":
+                    nn.init.normal_(start, std=spec.std)
+                self.register_parameter(key, nn.Parameter(start))
+                self._names[group, name] = key
+
+    def rows(self, index: Tensor) -> Weights:
+        """Return the weights [K, S, …] of rows [K]."""
+        return {
+            group: {
+                name: self.get_parameter(self._names[group, name]).index_select(0, index) * spec.scale
+                for name, spec in specs.items()
+            }
+            for group, specs in self._specs.items()
+        }
+
+
+class Independent(nn.Module):
+    """Every task has its own adapter weights; no parameter is touched by two tasks."""
+
+    def __init__(self, site_map: SiteMap, specs: GroupSpecs, num_tasks: int) -> None:
+        super().__init__()
+        self.table = WeightTable(site_map, specs, num_tasks)
+
+    def forward(self, task_index: Tensor) -> Weights:
+        """Return the weights of task ids [K]."""
+        return self.table.rows(task_index)
+
+
+class Shared(nn.Module):
+    """All tasks have the same adapter weights; the task index is not looked at."""
+
+    def __init__(self, site_map: SiteMap, specs: GroupSpecs) -> None:
+        super().__init__()
+        self.table = WeightTable(site_map, specs, 1)
+
+    def forward(self, task_index: Tensor) -> Weights:
+        """Return the one set of weights, [K, S, …] for K task ids."""
+        return self.table.rows(torch.zeros_like(task_index))

@@ -1,0 +1,38 @@
+"""Generated weights: for every group of the site map, its named tensors [K, S, …], S being its sites in map order."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+
+
+def tensors_of(weights: Weights) -> Iterator[Tensor]:
+    """Yield all tensors, in a fixed order."""
+    for group in weights.values():
+        yield from group.values()
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Return the weights in the backbone's dtype; gradients flow back through the cast."""
+    return {key: {name: tensor.to(dtype) for name, tensor in group.items()} for key, group in weights.items()}
+
+
+def as_leaves(weights: Weights) -> Weights:
+    """Return copies cut off from the generator's graph; they collect the gradients of several micro-batches in fp32."""
+    return {
+        key: {name: tensor.detach().requires_grad_() for name, tensor in group.items()}
+        for key, group in weights.items()
+    }
+
+
+def backward(weights: Weights, leaves: Weights) -> None:
+    """Send the gradients that `leaves` collected through the generator that made `weights`."""
+    pairs = [
+        (made, leaf.grad)
+        for made, leaf in zip(tensors_of(weights), tensors_of(leaves), strict=True)
+        if leaf.grad is not None
+    ]
+    if pairs:
+        torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
