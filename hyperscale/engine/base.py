@@ -1,0 +1,58 @@
+"""What the trainer and evaluation ask of an engine."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hyperscale.data.collate import Batch
+from hyperscale.engine.collective import Collective
+from hyperscale.model.adapted import AdaptedModel
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, summed over all ranks and micro-batches; equal on every rank."""
+
+    loss: float
+    """The optimised loss: mean over label tokens, or over samples where the recipe says `sample_mean`."""
+    task_losses: Mapping[int, float]
+    """Task index -> mean loss of its label tokens, for the tasks in this step."""
+    learning_rate: float
+    grad_norm: float
+    """Norm of the whole generator's gradient before clipping."""
+    tokens: int
+    """Real tokens, no padding."""
+    samples: int
+
+
+class Engine(Protocol):
+    """A frozen backbone that can be stepped. Every rank must call every method, in the same order."""
+
+    @property
+    def model(self) -> AdaptedModel: ...
+
+    @property
+    def collective(self) -> Collective: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
+        """Run one optimizer step on this rank's micro-batches; `step` counts from 0."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Turn dropout and gradients off inside the `with`; gathered parameters are let go at its end."""
+        ...
+
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return CPU copies of the `generator` and `optimizer` tensors; they do not depend on the number of ranks."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take up what `state` returned."""
+        ...

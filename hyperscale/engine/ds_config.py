@@ -1,0 +1,121 @@
+"""DeepSpeed's own JSON: read, completed from the recipe, contradictions refused by name.
+
+Never re-modelled field by field.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hyperscale.assets.presets import find_preset
+from hyperscale.config.run import Recipe
+from hyperscale.errors import EngineError
+
+_EVERYTHING = 10**15
+"""A persistence threshold that no backbone reaches: every parameter stays gathered after its first use."""
+
+_OURS = {
+    "optimizer": "training.optimizer",
+    "scheduler": "training.optimizer.schedule",
+    "gradient_clipping": "training.optimizer.clip_norm",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "fp16": "backbone.dtype (bfloat16 or float32)",
+}
+
+
+def read_ds_config(name_or_path: str) -> dict[str, Any]:
+    """Read a preset of ds_configs/ or a JSON file.
+
+    Raises:
+        EngineError: no such preset or file, or not a JSON object.
+    """
+    path = Path(name_or_path) if name_or_path.endswith(".json") else find_preset(name_or_path)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise EngineError(f"engine.ds_config: {path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise EngineError(f"engine.ds_config: {path} cannot be read: {reason}") from error
+    if not isinstance(raw, dict):
+        raise EngineError(f"engine.ds_config: {path} holds {type(raw).__name__}, not a JSON object")
+    return raw
+
+
+def complete_ds_config(raw: Mapping[str, Any], recipe: Recipe, world_size: int, block_numel: int) -> dict[str, Any]:
+    """Fill in what the recipe decides.
+
+    Args:
+        raw: DeepSpeed's JSON, where "auto" or a missing key means: from the recipe.
+        block_numel: parameters of the largest transformer block; prefetch and live limits follow from it, since
+            DeepSpeed's defaults of 10^9 elements each would keep a small backbone gathered.
+
+    Raises:
+        EngineError: all contradictions at once, each with both values.
+    """
+    problems = [
+        f"'{key}' is set in the DeepSpeed JSON, but the recipe decides it: remove it and use {ours}"
+        for key, ours in _OURS.items()
+        if _decides(raw.get(key))
+    ]
+    micro = recipe.training.micro_batch_size
+    wanted = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": recipe.training.batch_size // (micro * world_size),
+        "train_batch_size": recipe.training.batch_size,
+    }
+    done = {key: value for key, value in raw.items() if key not in _OURS}
+    for key, value in wanted.items():
+        problems += _fill(done, key, value, key)
+    bf16 = _section(raw, "bf16", problems)
+    problems += _fill(bf16, "enabled", recipe.backbone.dtype == "bfloat16", "bf16.enabled")
+    done["bf16"] = bf16
+    zero = _section(raw, "zero_optimization", problems)
+    problems += _fill(zero, "stage", 3, "zero_optimization.stage")
+    _fill_residency(zero, recipe.engine.resident, block_numel)
+    done["zero_optimization"] = zero
+    if problems:
+        raise EngineError("engine.ds_config contradicts the recipe: " + "; ".join(problems))
+    done.setdefault("steps_per_print", 10**9)
+    return _without_auto(done)
+
+
+def _decides(value: Any) -> bool:
+    """Whether a key of ours says anything but "off" or "auto"."""
+    return _decides(value.get("enabled", True)) if isinstance(value, dict) else bool(value) and value != "auto"
+
+
+def _section(raw: Mapping[str, Any], key: str, problems: list[str]) -> dict[str, Any]:
+    section = raw.get(key, {})
+    if isinstance(section, dict):
+        return dict(section)
+    problems.append(f"'{key}' is {section!r} there, but must be a section")
+    return {}
+
+
+def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave every other "auto" to DeepSpeed's defaults: only transformers' integration understands the word."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def _fill(section: dict[str, Any], key: str, value: Any, path: str) -> list[str]:
+    present = section.get(key, "auto")
+    section[key] = value
+    return [] if present in ("auto", value) else [f"'{path}' is {present!r} there but {value!r} by the recipe"]
+
+
+def _fill_residency(zero: dict[str, Any], resident: str, block_numel: int) -> None:
+    if resident == "all":
+        zero["stage3_param_persistence_threshold"] = _EVERYTHING
+        zero["stage3_model_persistence_threshold"] = _EVERYTHING
+        return
+    for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        if zero.get(key, "auto") == "auto":
+            zero[key] = {"stage3_prefetch_bucket_size": block_numel, "stage3_max_live_parameters": 2 * block_numel}.get(
+                key, 0
+            )

@@ -1,0 +1,69 @@
+"""AdamW over the generator: schedule, clipping and a state that fits any number of ranks."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.training import OptimizerSettings
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * max(0.0, left)
+
+
+class GeneratorOptimizer:
+    """Steps the generator from gradients that are already summed over ranks."""
+
+    def __init__(self, generator: nn.Module, settings: OptimizerSettings, total_steps: int) -> None:
+        self._settings = settings
+        self._total_steps = total_steps
+        self._named = dict(generator.named_parameters())
+        self._adamw = torch.optim.AdamW(
+            self._named.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Clip, update, and clear the gradients.
+
+        Returns:
+            The learning rate used and the gradient norm before clipping.
+        """
+        rate = learning_rate_at(step, self._total_steps, self._settings)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        limit = self._settings.clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), math.inf if limit is None else limit)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return rate, float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return CPU copies of the moments and update counts, by parameter name."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._named.items():
+            for key in (*_MOMENTS, "step"):
+                if key in self._adamw.state[parameter]:
+                    found[f"{key}/{name}"] = self._adamw.state[parameter][key].detach().cpu().clone()
+        return found
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` returned; parameters without an entry start afresh."""
+        for name, parameter in self._named.items():
+            if f"step/{name}" in tensors:
+                state = {key: tensors[f"{key}/{name}"].to(parameter.device).clone() for key in _MOMENTS}
+                self._adamw.state[parameter] = {"step": tensors[f"step/{name}"].clone(), **state}

@@ -1,0 +1,128 @@
+"""Reading parts of tensors out of safetensors files with `pread`: no mapping, no copy of a whole tensor.
+
+The format: 8 bytes of header length, a JSON header of name -> dtype, shape, [begin, end), then the row-major bytes
+(github.com/huggingface/safetensors, "Format").
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperscale.errors import BackboneError
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_CHUNK_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+
+def index_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """List all tensors of a checkpoint's files.
+
+    Raises:
+        BackboneError: a file is no safetensors file, is cut short, or holds a dtype that a backbone cannot have.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in files:
+        found.update(_index_file(file))
+    return found
+
+
+def _index_file(file: Path) -> dict[str, StoredTensor]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise BackboneError(
+                f"{file} is no safetensors file or is cut short: its header needs {length} bytes of {size}"
+            )
+        header = stream.read(length)
+    try:
+        table = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        return {name: _stored(file, name, entry, 8 + length, size) for name, entry in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackboneError(f"{file} is no safetensors file: its header is not one ({error})") from error
+
+
+def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:
+    """Check one row of the table; `data` is where the tensors begin in the file."""
+    begin, end = entry["data_offsets"]
+    if data + end > size:
+        raise BackboneError(
+            f"{file} is cut short: tensor '{name}' ends at byte {data + end} of {size}; fetch the file again"
+        )
+    if entry["dtype"] not in _DTYPES:
+        raise BackboneError(
+            f"{file}: tensor '{name}' is {entry['dtype']}; a backbone's weights are {', '.join(_DTYPES)}"
+        )
+    stored = StoredTensor(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), data + begin)
+    if math.prod(stored.shape) * stored.dtype.itemsize != end - begin:
+        raise BackboneError(f"{file} is damaged: tensor '{name}' has {end - begin} bytes for shape {entry['shape']}")
+    return stored
+
+
+class SliceReader:
+    """Reads flat element ranges; keeps the files open."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read_into(self, target: Tensor, stored: StoredTensor, start: int) -> None:
+        """Fill the 1-D `target` with the stored tensor's flat elements from `start` on.
+
+        They are converted to the target's dtype and device. Elements past the tensor's end (the padding of a last
+        shard) are left as they are.
+        """
+        total = math.prod(stored.shape)
+        wanted = max(0, min(target.numel(), total - start))
+        width = stored.dtype.itemsize
+        for done in range(0, wanted, _CHUNK_BYTES // width):
+            count = min(wanted - done, _CHUNK_BYTES // width)
+            data = self._pread(stored.file, count * width, stored.offset + (start + done) * width)
+            target[done : done + count].copy_(torch.frombuffer(data, dtype=stored.dtype))
+
+    def _pread(self, file: Path, count: int, offset: int) -> bytearray:
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_RDONLY)
+        data = bytearray(count)
+        view = memoryview(data)
+        done = 0
+        while done < count:
+            got = os.preadv(self._open[file], [view[done:]], offset + done)
+            if got == 0:
+                raise BackboneError(f"{file} became shorter while it was read (at byte {offset + done})")
+            done += got
+        return data
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+@contextmanager
+def slice_reader() -> Iterator[SliceReader]:
+    """A reader that closes its files at the end of the `with`."""
+    reader = SliceReader()
+    try:
+        yield reader
+    finally:
+        reader.close()

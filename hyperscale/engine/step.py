@@ -1,0 +1,159 @@
+"""One optimizer step over a frozen backbone: generate once, run the micro-batches, reduce once, update."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.training import TrainingSettings
+from hyperscale.data.collate import Batch
+from hyperscale.engine.base import StepResult
+from hyperscale.engine.collective import Collective
+from hyperscale.engine.optimizer import GeneratorOptimizer
+from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
+from hyperscale.model.weights import Weights, as_leaves, backward
+
+_BUCKET_NUMEL = 32 * 1024 * 1024
+"""Elements of one gradient all-reduce: 128 MiB of fp32, beyond which larger messages gain nothing."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What a step means, on any engine and any number of ranks.
+
+    The loss is normalised over the whole optimizer step: each rank sums its token losses, the one all-reduce that
+    carries the gradients carries the sums and counts too, and the division comes after it. So a step is the same on
+    any number of ranks.
+    """
+
+    model: AdaptedModel
+    optimizer: GeneratorOptimizer
+    collective: Collective
+    device: torch.device
+    settings: TrainingSettings
+    num_tasks: int
+    seed: int
+
+    def run(self, batches: Sequence[Batch], step: int) -> StepResult:
+        """Run this rank's micro-batches and update the generator; every rank must call this."""
+        tasks = torch.unique(torch.cat([batch.task_index for batch in batches]))
+        made = self.model.generate(tasks.to(self.device))
+        leaves = as_leaves(made)
+        totals = _Totals.zeros(self.num_tasks, self.device)
+        for number, batch in enumerate(batches):
+            torch.manual_seed(_mixed_seed(self.seed, step, number, self.collective.rank))
+            self._run_batch(batch, torch.searchsorted(tasks, batch.task_index), leaves, totals)
+        backward(made, leaves)
+        normaliser = self._reduce(totals)
+        learning_rate, grad_norm = self.optimizer.step(step)
+        return totals.result(normaliser, learning_rate, grad_norm)
+
+    def _run_batch(self, batch: Batch, slots: Tensor, leaves: Weights, totals: "_Totals") -> None:
+        """Add one micro-batch's gradients to `leaves` and its losses to `totals`."""
+        positions, targets, samples = label_positions(batch.labels, self.model.architecture.is_encoder_decoder)
+        if self.settings.loss == "sample_mean":
+            weights = 1.0 / torch.bincount(samples, minlength=len(batch.labels))[samples].float()
+        else:
+            weights = torch.ones(len(targets))
+        token_tasks = batch.task_index[samples].to(self.device)
+        with self.model.adapted(leaves, slots.to(self.device)):
+            logits = self.model.label_logits(
+                batch.input_ids.to(self.device),
+                batch.attention_mask.to(self.device),
+                batch.labels.to(self.device),
+                positions.to(self.device),
+            )
+            losses = token_losses(logits, targets.to(self.device), self.settings.label_smoothing)
+            objective = (losses * weights.to(self.device)).sum()
+            objective.backward()
+        totals.add(objective.detach(), losses.detach(), token_tasks, batch)
+
+    def _reduce(self, totals: "_Totals") -> float:
+        """Sum gradients and totals over ranks, then divide the gradients; returns what they were divided by."""
+        parameters = [parameter for parameter in self.model.generator.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for bucket in _buckets([totals.flat, *gradients]):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            self.collective.sum(flat)
+            for tensor, reduced in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(reduced.view_as(tensor))
+        normaliser = float(totals.samples if self.settings.loss == "sample_mean" else totals.label_tokens)
+        for gradient in gradients:
+            gradient.div_(normaliser)
+        return normaliser
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Sums of a step in one fp32 vector, to travel with the gradients: losses and counts per task, four scalars."""
+
+    flat: Tensor
+    num_tasks: int
+
+    @staticmethod
+    def zeros(num_tasks: int, device: torch.device) -> "_Totals":
+        return _Totals(torch.zeros(2 * num_tasks + 4, device=device), num_tasks)
+
+    def add(self, objective: Tensor, losses: Tensor, token_tasks: Tensor, batch: Batch) -> None:
+        self.flat[: self.num_tasks].index_add_(0, token_tasks, losses)
+        self.flat[self.num_tasks : 2 * self.num_tasks].index_add_(0, token_tasks, torch.ones_like(losses))
+        counts = torch.tensor([len(token_tasks), len(batch.task_index), batch.num_tokens], device=self.flat.device)
+        self.flat[-4:-1] += counts
+        self.flat[-1] += objective
+
+    @property
+    def label_tokens(self) -> Tensor:
+        return self.flat[-4]
+
+    @property
+    def samples(self) -> Tensor:
+        return self.flat[-3]
+
+    def result(self, normaliser: float, learning_rate: float, grad_norm: float) -> StepResult:
+        values = self.flat.tolist()
+        sums, counts = values[: self.num_tasks], values[self.num_tasks : 2 * self.num_tasks]
+        return StepResult(
+            loss=values[-1] / normaliser,
+            task_losses={task: sums[task] / counts[task] for task in range(self.num_tasks) if counts[task]},
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=int(values[-2]),
+            samples=int(values[-3]),
+        )
+
+
+@contextmanager
+def evaluation_mode(backbone: nn.Module) -> Iterator[None]:
+    """Turn dropout and gradients off inside the `with`."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        backbone.train(was_training)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group tensors, in order, into buckets of at most `_BUCKET_NUMEL` elements (a larger tensor is one of its own)."""
+    buckets: list[list[Tensor]] = []
+    size = _BUCKET_NUMEL
+    for tensor in tensors:
+        if size + tensor.numel() > _BUCKET_NUMEL:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.numel()
+    return buckets
+
+
+def _mixed_seed(*parts: int) -> int:
+    """Return 63 well-mixed bits of (seed, step, micro-batch, rank): dropout needs no stored random state to resume."""
+    digest = hashlib.sha256(",".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

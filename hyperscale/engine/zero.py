@@ -1,0 +1,135 @@
+"""The sharded engine: DeepSpeed ZeRO-3 over the frozen backbone, the generator outside it, whole on every rank.
+
+The backbone's engine has no optimizer and is called through its module; gradients pass through the gathered blocks
+into the generated weights. Checked against the local engine in tests/test_zero_matches_local.py.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
+
+from hyperscale.config.run import Recipe
+from hyperscale.data.collate import Batch
+from hyperscale.engine.base import StepResult
+from hyperscale.engine.collective import Collective
+from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
+from hyperscale.engine.sharded_load import load_sharded
+from hyperscale.engine.state import load_tensors, state_tensors
+from hyperscale.engine.step import TrainingStep, evaluation_mode
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.architectures import Architecture
+from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
+
+
+def shard_backbone(
+    folder: BackboneFolder, recipe: Recipe, device: torch.device, world_size: int
+) -> tuple[nn.Module, Any]:
+    """Build and load this rank's share of a backbone; torch.distributed must be up, and every rank must call this.
+
+    Returns:
+        The partitioned module and the DeepSpeed engine that gathers it.
+
+    Raises:
+        EngineError: the DeepSpeed JSON contradicts the recipe.
+        BackboneError: a tensor is missing or has another shape.
+    """
+    _quiet_deepspeed()
+    backbone = build_empty(folder, recipe.backbone)
+    if recipe.engine.activation_checkpointing:
+        set_activation_checkpointing(backbone)
+    block_numel = max(_numel(block) for block in _blocks(backbone, folder.architecture))
+    config = complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, world_size, block_numel)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    load_sharded(backbone, folder, config, device)
+    set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
+    engine, *_ = deepspeed.initialize(model=backbone, config=config)
+    return backbone, engine
+
+
+def _blocks(backbone: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    return [block for stack in architecture.stacks for block in backbone.get_submodule(stack.blocks).children()]
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _quiet_deepspeed() -> None:
+    """Keep DeepSpeed's start-up chatter below WARNING, and its shared-memory all-reduce unbuilt.
+
+    That CPU extension takes 40-110 s to compile at first use and serves reductions only; ours is one a step, through
+    gloo.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls a collective by a name that torch 2.13 is about to drop; its users can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class ZeroEngine:
+    """Runs `TrainingStep` over a partitioned backbone and lets go of what DeepSpeed leaves gathered."""
+
+    step: TrainingStep
+    deepspeed_engine: Any
+    resident: bool
+    """Whether blocks stay gathered between steps."""
+
+    @property
+    def model(self) -> AdaptedModel:
+        return self.step.model
+
+    @property
+    def collective(self) -> Collective:
+        return self.step.collective
+
+    @property
+    def device(self) -> torch.device:
+        return self.step.device
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
+        result = self.step.run(batches, step)
+        self._release()
+        return result
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        try:
+            with evaluation_mode(self.model.backbone):
+                yield
+        finally:
+            self._release()
+
+    def state(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return state_tensors(self.step)
+
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        load_tensors(self.step, tensors)
+
+    def held_elements(self) -> int:
+        """Return how many backbone elements this rank holds now: its shards, and whatever is gathered."""
+        held = 0
+        for parameter in self.model.backbone.parameters():
+            zero_parameter: Any = parameter
+            held += zero_parameter.ds_tensor.numel()
+            if zero_parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
+                held += zero_parameter.ds_numel
+        return held
+
+    def _release(self) -> None:
+        """Partition what is still gathered.
+
+        The first block's input needs no gradient, so its post-backward hook never fires and DeepSpeed would keep it
+        gathered; with checkpointing the embedding likewise.
+        """
+        if not self.resident:
+            self.deepspeed_engine.optimizer.partition_all_parameters()

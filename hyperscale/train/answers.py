@@ -1,0 +1,118 @@
+"""A model's answers to encoded prompts, found by all ranks together.
+
+Classifications are answered by label scoring, the rest by greedy decoding.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyperscale.data.collate import Layout
+from hyperscale.data.loader import prompt_batches, scoring_batches
+from hyperscale.data.tokenization import Encoded, TaskTokenizer
+from hyperscale.engine.collective import Collective
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.decoding import greedy_decode, row_log_likelihoods
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of one task."""
+
+    task: int
+    encoded: Encoded
+    candidates: tuple[str, ...]
+    """The possible answers of a classification, as `encoded.candidate_ids`; empty for free text."""
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Answers questions of several tasks in mixed batches; every rank must call it with the same questions."""
+
+    model: AdaptedModel
+    collective: Collective
+    device: torch.device
+    tokenizers: Sequence[TaskTokenizer]
+    """One per task index."""
+    layout: Layout
+    batch_size: int
+    """Rows that one rank runs at once."""
+    say: Callable[[str, int, int], None]
+    """Tells a person what is happening, and how much of it is done."""
+
+    def __call__(self, questions: Sequence[Question], adapted: bool = True) -> list[str]:
+        """Return an answer per question, the same list on every rank; `adapted=False` asks the backbone alone."""
+        scored = [number for number, question in enumerate(questions) if question.candidates]
+        decoded = [number for number, question in enumerate(questions) if not question.candidates]
+        found: dict[int, str] = {}
+        if scored:
+            chosen = self._score([questions[number] for number in scored], adapted)
+            found.update(zip(scored, chosen, strict=True))
+        if decoded:
+            texts = self._decode([questions[number] for number in decoded], adapted)
+            found.update(zip(decoded, texts, strict=True))
+        return [found[number] for number in range(len(questions))]
+
+    def _score(self, questions: Sequence[Question], adapted: bool) -> list[str]:
+        encoded, tasks = [question.encoded for question in questions], [question.task for question in questions]
+        batches = scoring_batches(encoded, tasks, self.batch_size, *self._share())
+        mine: dict[int, list[tuple[float, int]]] = {}
+        for number, scoring in enumerate(batches, start=1):
+            self.say("scoring labels", number, len(batches))
+            batch = scoring.batch
+            with self._adapted(batch.task_index, adapted):
+                likelihoods = row_log_likelihoods(
+                    self.model,
+                    batch.input_ids.to(self.device),
+                    batch.attention_mask.to(self.device),
+                    batch.labels.to(self.device),
+                )
+            for row, candidate, value in zip(scoring.rows, scoring.candidates, likelihoods.tolist(), strict=True):
+                if row >= 0:
+                    mine.setdefault(row, []).append((value, candidate))
+        everyone = self.collective.gather(mine)
+        likely = [max(pair for ranks in everyone for pair in ranks.get(row, [])) for row in range(len(questions))]
+        return [question.candidates[candidate] for question, (_, candidate) in zip(questions, likely, strict=True)]
+
+    def _decode(self, questions: Sequence[Question], adapted: bool) -> list[str]:
+        encoded, tasks = [question.encoded for question in questions], [question.task for question in questions]
+        batches = prompt_batches(encoded, tasks, self.batch_size, *self._share())
+        longest = max(self.tokenizers[task].task.max_new_tokens for task in tasks)
+        mine: dict[int, str] = {}
+        for number, batch in enumerate(batches, start=1):
+            self.say("generating answers", number, len(batches))
+            with self._adapted(batch.task_index, adapted):
+                tokens = greedy_decode(
+                    self.model,
+                    batch.input_ids.to(self.device),
+                    batch.attention_mask.to(self.device),
+                    longest,
+                    self._stop_ids(),
+                    self.collective.anyone,
+                )
+            for row, new in zip(batch.rows, tokens.tolist(), strict=True):
+                if row >= 0:
+                    tokenizer = self.tokenizers[tasks[row]]
+                    mine[row] = tokenizer.decode(new[: tokenizer.task.max_new_tokens])
+        merged = {row: text for ranks in self.collective.gather(mine) for row, text in ranks.items()}
+        return [merged[row] for row in range(len(questions))]
+
+    def _adapted(self, task_index: Tensor, adapted: bool) -> AbstractContextManager[None]:
+        if not adapted:
+            return nullcontext()
+        tasks, slots = torch.unique(task_index, return_inverse=True)
+        return self.model.adapted(self.model.generate(tasks.to(self.device)), slots.to(self.device))
+
+    def _share(self) -> tuple[int, int, int, bool]:
+        return (
+            self.collective.rank,
+            self.collective.world_size,
+            self.layout.pad_token_id,
+            self.layout.is_encoder_decoder,
+        )
+
+    def _stop_ids(self) -> Tensor:
+        return torch.tensor([self.tokenizers[0].tokenizer.eos_token_id], device=self.device)
