@@ -1,0 +1,273 @@
+"""Checkpoints that are whole or do not count.
+
+A checkpoint is written beside the others under a temporary name, brought to disk and renamed; on an object store, which
+has no rename, its marker is written last. Nothing that existed before is removed until the new one is committed, so a
+process may be killed at any moment. Only rank 0 writes: neither `save` nor `sweep` may run on two ranks at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hyperscale.checkpoint.layout import (
+    CHECKPOINTS,
+    MANIFEST,
+    MARKER,
+    RECIPE,
+    STATE,
+    TENSORS_SUFFIX,
+    Place,
+    checkpoint_name,
+    open_place,
+    parse_name,
+    whole_checkpoints,
+)
+from hyperscale.errors import CheckpointError
+
+_FORMAT = 1
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a run needs to continue."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """One safetensors file per key: `generator`, `optimizer`. Loaded on the CPU."""
+    state: Mapping[str, Any]
+    """JSON values: schedule, sampler, seeds, what trackers need to go on."""
+    manifest: Mapping[str, Any]
+    """What it belongs to: see `manifest.build_manifest`."""
+    recipe: Mapping[str, Any]
+    """The resolved recipe."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder, of which the newest `keep` steps are kept."""
+
+    def __init__(self, folder: str, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least the newest checkpoint has to stay")
+        self._run = open_place(folder)
+        self._keep = keep
+
+    def save(self, checkpoint: Checkpoint) -> str:
+        """Commit a checkpoint and return its path; `CheckpointError` if it cannot be written. Rank 0 only."""
+        root = self._run.child(CHECKPOINTS)
+        try:
+            self.sweep()
+            target = root.child(self._free_name(checkpoint.step))
+            if target.is_local:
+                _commit_locally(checkpoint, Path(target.path))
+            else:
+                _commit_remotely(checkpoint, target)
+            self._prune()
+        except OSError as error:
+            previous = self.latest()
+            kept = f"The last whole one is {previous}." if previous else "None has been written yet."
+            raise CheckpointError(
+                f"The checkpoint of step {checkpoint.step} cannot be written in {root}: {error}. "
+                f"Make room or mend the place, then use --resume. {kept}"
+            ) from error
+        return str(target)
+
+    def latest(self) -> str | None:
+        """Return the path of the newest whole checkpoint, or None."""
+        whole = whole_checkpoints(self._run)
+        return str(whole[-1]) if whole else None
+
+    def load(self, path: str) -> Checkpoint:
+        """Read and verify a checkpoint; see `load_checkpoint`."""
+        return load_checkpoint(path)
+
+    def sweep(self) -> None:
+        """Delete what a killed `save` left half-written. Rank 0 only, in the run that writes here."""
+        for place in self._run.child(CHECKPOINTS).children():
+            unfinished = parse_name(place.name) is not None and not place.child(MARKER).exists()
+            if unfinished or place.name.endswith(_PARTIAL):
+                place.fs.rm(place.path, recursive=True)
+
+    def list(self) -> tuple[str, ...]:
+        """Return the paths of all whole checkpoints, oldest first."""
+        return tuple(str(place) for place in whole_checkpoints(self._run))
+
+    def _free_name(self, step: int) -> str:
+        # A step is saved anew by a run that went back to an earlier checkpoint. The old one stays until the new counts.
+        taken = [key[1] for place in whole_checkpoints(self._run) if (key := parse_name(place.name)) and key[0] == step]
+        return checkpoint_name(step, max(taken, default=0) + 1)
+
+    def _prune(self) -> None:
+        newest: dict[int, Place] = {}
+        for place in whole_checkpoints(self._run):
+            key = parse_name(place.name)
+            assert key is not None
+            if key[0] in newest:
+                _remove(newest[key[0]])
+            newest[key[0]] = place
+        for step in sorted(newest)[: -self._keep]:
+            _remove(newest[step])
+
+
+def find_checkpoint(path: str) -> str:
+    """Return the checkpoint that a user means by its own path or by its run folder (then the newest one)."""
+    place = open_place(path)
+    if place.child(MARKER).exists():
+        return str(place)
+    whole = whole_checkpoints(place)
+    if whole:
+        return str(whole[-1])
+    reason = "is no checkpoint and no run folder with one" if place.exists() else "does not exist"
+    others = whole_checkpoints(place.parent.parent)
+    advice = f"Use {others[-1]}." if others else "Give a checkpoint, or the folder of a run that has written one."
+    raise CheckpointError(f"{path} {reason} (no {MARKER} marker). {advice}")
+
+
+def load_checkpoint(path: str, only: Collection[str] | None = None) -> Checkpoint:
+    """Read a checkpoint, its digests verified first, onto the CPU. Any number of ranks may do so at once.
+
+    `only` names the tensor files to read (`("generator",)` for an export). `CheckpointError` names the file that is
+    missing or damaged and the checkpoint to use instead.
+    """
+    place = open_place(path)
+    files = _read_marker(place)
+    wanted = [f for f in files if not f.endswith(TENSORS_SUFFIX) or only is None or f[: -len(TENSORS_SUFFIX)] in only]
+    with _verified(place, {file: files[file] for file in wanted}) as folder:
+        tensors = {
+            # Cloned: load_file maps the file into memory, and a mapped file that is pruned or replaced is a SIGBUS.
+            file[: -len(TENSORS_SUFFIX)]: {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
+            for file in wanted
+            if file.endswith(TENSORS_SUFFIX)
+        }
+        state = json.loads((folder / STATE).read_text("utf-8"))
+        return Checkpoint(
+            step=state["step"],
+            tensors=tensors,
+            state=state["state"],
+            manifest=json.loads((folder / MANIFEST).read_text("utf-8")),
+            recipe=yaml.safe_load((folder / RECIPE).read_text("utf-8")),
+        )
+
+
+def _commit_locally(checkpoint: Checkpoint, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}{_PARTIAL}")
+    try:
+        partial.mkdir()
+        _write_files(checkpoint, partial)
+        (partial / MARKER).write_text(_marker(partial), "utf-8")
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        partial.rename(target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _commit_remotely(checkpoint: Checkpoint, target: Place) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _write_files(checkpoint, folder)
+        target.fs.makedirs(target.path, exist_ok=True)
+        for file in sorted(folder.iterdir()):
+            target.fs.put_file(str(file), target.child(file.name).path)
+        target.fs.pipe_file(target.child(MARKER).path, _marker(folder).encode())
+
+
+def _write_files(checkpoint: Checkpoint, folder: Path) -> None:
+    state = {"step": checkpoint.step, "state": checkpoint.state}
+    (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+    (folder / MANIFEST).write_text(json.dumps(checkpoint.manifest, indent=1), "utf-8")
+    (folder / RECIPE).write_text(yaml.safe_dump(dict(checkpoint.recipe), sort_keys=False, allow_unicode=True), "utf-8")
+    for key, tensors in checkpoint.tensors.items():
+        file = folder / f"{key}{TENSORS_SUFFIX}"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        # safetensors writes 0600; a run folder is shared by a team, so follow the umask as the other files do.
+        file.chmod((folder / STATE).stat().st_mode)
+
+
+def _marker(folder: Path) -> str:
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != MARKER
+    }
+    return json.dumps({"format": _FORMAT, "files": files}, indent=1)
+
+
+def _read_marker(place: Place) -> dict[str, dict[str, Any]]:
+    try:
+        marker = json.loads(place.fs.cat_file(place.child(MARKER).path))
+        stored, files = marker["format"], {str(name): dict(entry) for name, entry in marker["files"].items()}
+    except OSError as error:
+        raise CheckpointError(f"{place} is not a whole checkpoint: it has no {MARKER}. {_instead(place)}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{place.child(MARKER)} is damaged. {_instead(place)}") from error
+    if stored != _FORMAT:
+        raise CheckpointError(
+            f"{place} has checkpoint format {stored}, this hyperscale reads {_FORMAT}: use the version that wrote it."
+        )
+    return files
+
+
+@contextmanager
+def _verified(place: Place, files: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """Give a local folder with these files, fetched if they are remote, every digest checked."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(place.path if place.is_local else scratch)
+        for name, entry in files.items():
+            file = folder / name
+            try:
+                if not place.is_local:
+                    place.fs.get_file(place.child(name).path, str(file))
+                whole = file.stat().st_size == entry["bytes"] and _sha256(file) == entry["sha256"]
+            except OSError as error:
+                raise CheckpointError(f"{place.child(name)} is missing: {error}. {_instead(place)}") from error
+            if not whole:
+                raise CheckpointError(
+                    f"{place.child(name)} is damaged: it is not the file whose sha256 stands in {MARKER}. "
+                    f"{_instead(place)}"
+                )
+        yield folder
+
+
+def _instead(place: Place) -> str:
+    """Return what to do about an unusable checkpoint."""
+    key = parse_name(place.name)
+    others = [other for other in whole_checkpoints(place.parent.parent) if other.name != place.name]
+    earlier = [other for other in others if key and (parse_name(other.name) or key) < key]
+    if earlier:
+        return f"Use the previous checkpoint at {earlier[-1]}: delete {place} and use --resume."
+    return "There is no earlier checkpoint in this run folder: restore the file, or start anew with another `output=`."
+
+
+def _remove(place: Place) -> None:
+    # The marker goes first: whatever a kill leaves of the rest no longer counts, and the next sweep takes it.
+    place.fs.rm_file(place.child(MARKER).path)
+    place.fs.rm(place.path, recursive=True)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Bring a file's or folder's content to disk: a rename may otherwise survive a power cut that its files do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

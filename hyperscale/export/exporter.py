@@ -1,0 +1,162 @@
+"""From a checkpoint to one bundle per task.
+
+Needs the generator and the site map only: no backbone weights are loaded.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale import __version__
+from hyperscale.checkpoint.store import Checkpoint
+from hyperscale.config.loading import parse_recipe, render_recipe
+from hyperscale.config.run import Recipe
+from hyperscale.data.tasks import Task
+from hyperscale.errors import BundleError, nearest
+from hyperscale.export.bundle import BundleBackbone, BundleManifest, write_manifest
+from hyperscale.export.native_format import write_native
+from hyperscale.export.peft_format import refuse_unless_lora, write_peft
+from hyperscale.logger import get_logger
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.architectures import Architecture, architecture_of
+from hyperscale.model.backbone import DTYPES
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.sites import SiteMap
+from hyperscale.model.weights import Weights
+
+_logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """A checkpoint's generator, ready to make any of its tasks' weights."""
+
+    recipe: Recipe
+    site_map: SiteMap
+    generator: nn.Module
+    tasks: tuple[Task, ...]
+    backbone: dict[str, Any]
+    """`name`, `path`, `digest`, `model_type` as the checkpoint's manifest has them."""
+    step: int
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.backbone["model_type"])
+
+    @torch.no_grad()
+    def weights_of(self, task: int) -> Weights:
+        """Return the fp32 weights of one task, K = 1."""
+        made: Weights = self.generator(torch.tensor([task]))
+        return made
+
+
+def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
+    """Rebuild the generator of a checkpoint on the CPU."""
+    recipe = parse_recipe(checkpoint.recipe, "the checkpoint's recipe")
+    site_map = SiteMap.from_json(checkpoint.manifest["site_map"])
+    tasks = tuple(Task.model_validate(task) for task in checkpoint.state["tasks"])
+    kinds = build_kinds(recipe.adaptation.adapters)
+    generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed)
+    tensors: dict[str, Tensor] = dict(checkpoint.tensors["generator"])
+    generator.load_state_dict(tensors, strict=True)
+    return TrainedGenerator(recipe, site_map, generator, tasks, dict(checkpoint.manifest["backbone"]), checkpoint.step)
+
+
+def export_bundles(
+    trained: TrainedGenerator, output: Path, only: Sequence[str] = (), format: str | None = None
+) -> dict[str, Path]:
+    """Write a bundle per task into `output/<task>`, replacing an earlier one only when the new one is whole.
+
+    Args:
+        only: names of the tasks to write; empty = all.
+        format: `auto`, `peft` or `native`; None = as the recipe says.
+
+    Raises:
+        BundleError: an unknown task, a format that cannot say these adapters, or a place that cannot be written.
+    """
+    names = [task.name for task in trained.tasks]
+    for name in only:
+        if name not in names:
+            raise BundleError(f"the checkpoint has no task '{name}'.{nearest(name, names)} It has: {', '.join(names)}")
+    chosen = _choose_format(format or trained.recipe.export.format, trained.site_map)
+    written = {}
+    for index, task in enumerate(trained.tasks):
+        if not only or task.name in only:
+            written[task.name] = _write_bundle(trained, index, output / task.name, chosen)
+    _logger.info("exported %d bundles (%s) to %s", len(written), chosen, output)
+    return written
+
+
+def _choose_format(asked: str, site_map: SiteMap) -> str:
+    if asked == "auto":
+        return "peft" if {site.kind for site in site_map.sites} == {"lora"} else "native"
+    if asked == "peft":
+        refuse_unless_lora(site_map)
+    return asked
+
+
+def _write_bundle(trained: TrainedGenerator, index: int, target: Path, format: str) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise BundleError(
+            f"bundles cannot be written to {target.parent}: {error.strerror}; choose another folder"
+        ) from error
+    try:
+        _fill(trained, index, building, format)
+        _open_to_readers(building)
+        if target.exists():
+            shutil.rmtree(target)
+        building.replace(target)
+    except OSError as error:
+        raise BundleError(f"bundle {target} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Undo the private modes of temporary folders and files: a server may run as another user."""
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> None:
+    weights, dtype = trained.weights_of(index), DTYPES[trained.recipe.export.dtype]
+    if format == "peft":
+        base = trained.backbone["path"] if trained.backbone["is_local"] else trained.backbone["name"]
+        write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype)
+    else:
+        write_native(folder, weights, dtype)
+    (folder / "recipe.yaml").write_text(render_recipe(trained.recipe), encoding="utf-8")
+    write_manifest(folder, _manifest(trained, index, format))
+
+
+def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManifest:
+    recipe = trained.recipe
+    return BundleManifest(
+        format=format,
+        task=trained.tasks[index],
+        backbone=BundleBackbone(
+            name=trained.backbone["name"],
+            digest=trained.backbone["digest"],
+            dtype=recipe.backbone.dtype,
+            model_type=trained.backbone["model_type"],
+        ),
+        adapters=recipe.adaptation.adapters,
+        sites=tuple(trained.site_map.to_json()),
+        max_source_tokens=recipe.data.max_source_tokens,
+        too_long=recipe.data.too_long,
+        run=recipe.name,
+        step=trained.step,
+        produced_by=f"hyperscale {__version__}",
+        files={},
+    )

@@ -1,0 +1,204 @@
+"""The run's own record: every event as one line of JSON, whatever becomes of any server.
+
+    {"event": "step", "time": 1760000000.0, "step": 12, "loss": 0.71, "task_losses": {"sst2": 0.69}, …}
+
+Numbers that JSON has no word for (NaN, infinities) are written as null.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from hyperscale.errors import RunFolderError
+from hyperscale.logger import get_logger
+from hyperscale.tracking.params import without_credentials
+from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
+
+METRICS_FILE = "metrics.jsonl"
+
+Record = RunFacts | StepRecord | EvaluationRecord | CheckpointRecord | RunOutcome
+
+_TYPES: Mapping[str, type[Any]] = {
+    "run_start": RunFacts,
+    "step": StepRecord,
+    "evaluation": EvaluationRecord,
+    "checkpoint": CheckpointRecord,
+    "run_end": RunOutcome,
+}
+_EVENTS = {kind: event for event, kind in _TYPES.items()}
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the file."""
+
+    record: Record
+    time: float
+    """Seconds since the epoch."""
+    run_key: str | None
+    """On the lines of a run's start: what identifies the run over all its restarts."""
+
+    @property
+    def step(self) -> int:
+        return self.record.start_step if isinstance(self.record, RunFacts) else self.record.step
+
+
+def read_entries(folder: str) -> Iterator[Entry]:
+    """Yield what a run folder's JSONL holds, in order; torn lines are skipped. `FileNotFoundError` if there is none."""
+    with fsspec.open(f"{folder.rstrip('/')}/{METRICS_FILE}", "rt", encoding="utf-8") as stream:
+        for line in stream:
+            entry = _parse(line)
+            if entry is not None:
+                yield entry
+
+
+class JsonlTracker:
+    """Writes `metrics.jsonl` in the run folder. On a resume it goes on, each step once.
+
+    On an object store, which cannot append, the lines gather in a local file that is uploaded with every checkpoint.
+    """
+
+    def __init__(self, folder: str, run_key: str) -> None:
+        self._fs, path = fsspec.url_to_fs(folder)
+        self._target = f"{path.rstrip('/')}/{METRICS_FILE}"
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._run_key = run_key
+        self._stream: IO[str] | None = None
+        self._cleanup = ExitStack()
+        self._has_failed = False
+
+    def on_run_start(self, facts: RunFacts) -> None:
+        self._run_key = facts.tracking_state.get("run_key", self._run_key)
+        try:
+            file = self._local_file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _cut(file, facts.start_step)
+            self._stream = self._cleanup.enter_context(file.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise RunFolderError(f"{self._target} cannot be written: {error}. Choose another `output=`.") from error
+        self._write(facts)
+
+    def on_step(self, record: StepRecord) -> None:
+        self._write(record)
+
+    def on_evaluation(self, record: EvaluationRecord) -> None:
+        self._write(record)
+
+    def on_checkpoint(self, record: CheckpointRecord) -> None:
+        self._write(record)
+        self._upload()
+
+    def on_run_end(self, outcome: RunOutcome) -> None:
+        self._write(outcome)
+        self._upload()
+        self._stream = None
+        self._cleanup.close()
+
+    def state(self) -> Mapping[str, Any]:
+        return {"run_key": self._run_key}
+
+    def _local_file(self) -> Path:
+        if self._is_local:
+            return Path(self._target)
+        scratch = Path(tempfile.mkdtemp(prefix="hyperscale-"))
+        self._cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+        if self._fs.exists(self._target):
+            self._fs.get_file(self._target, str(scratch / METRICS_FILE))
+        return scratch / METRICS_FILE
+
+    def _write(self, record: Record) -> None:
+        if self._stream is None:
+            return
+        try:
+            if self._has_failed:
+                self._stream.write("\n")  # What a full disk left of a line must not spoil the next one.
+            self._stream.write(_line(record, self._run_key))
+            self._stream.flush()
+            self._has_failed = False
+        except OSError as error:
+            self._warn(error)
+
+    def _upload(self) -> None:
+        if self._is_local or self._stream is None:
+            return
+        try:
+            self._fs.makedirs(self._target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(self._stream.name, self._target)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_failed:
+            _log.warning("%s cannot be written (%s): training goes on, lines are lost", self._target, error)
+        self._has_failed = True
+
+
+def _cut(file: Path, start_step: int) -> None:
+    """Drop the lines past the step that the run continues from, and torn ones; all of them for a run that is new."""
+    if not file.exists():
+        return
+    cut = file.with_suffix(".cut")
+    with file.open(encoding="utf-8", errors="replace") as old, cut.open("w", encoding="utf-8") as new:
+        for line in old:
+            entry = _parse(line)
+            if start_step > 0 and entry is not None and entry.step <= start_step:
+                new.write(line)
+    cut.replace(file)
+
+
+def _line(record: Record, run_key: str) -> str:
+    content: dict[str, Any] = {"event": _EVENTS[type(record)], "time": round(time.time(), 3)}
+    if isinstance(record, RunFacts):
+        content["run_key"] = run_key
+    content |= without_credentials(_finite(asdict(record)))
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _parse(line: str) -> Entry | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        content = json.loads(line)
+        kind = _TYPES[content.pop("event")]
+        moment, run_key = content.pop("time"), content.pop("run_key", None)
+        return Entry(kind(**_restored(content)), moment, run_key)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _restored(content: dict[str, Any]) -> dict[str, Any]:
+    """Turn the nulls that stand for numbers back into NaN, and the list of tasks into the tuple it was."""
+    numbers = ("loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second", "seconds_left", "seconds")
+    restored: dict[str, Any] = {
+        key: math.nan if value is None and key in numbers else value for key, value in content.items()
+    }
+    if "task_losses" in restored:
+        restored["task_losses"] = _numbers(restored["task_losses"])
+    if "scores" in restored:
+        restored["scores"] = {task: _numbers(scores) for task, scores in restored["scores"].items()}
+    if "tasks" in restored:
+        restored["tasks"] = tuple(restored["tasks"])
+    return restored
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: math.nan if value is None else value for key, value in values.items()}

@@ -1,0 +1,96 @@
+"""Bring MLflow up to date with a run folder's JSONL: after its server was away, or to copy a run to another one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from hyperscale.config.tracking import MlflowSettings
+from hyperscale.errors import ConfigError, RunFolderError
+from hyperscale.tracking.jsonl import METRICS_FILE, Entry, read_entries
+from hyperscale.tracking.metrics import Point, evaluation_metrics, points, run_metrics, step_metrics
+from hyperscale.tracking.mlflow import RunReference, clear_errors, open_run, tracking_uri
+from hyperscale.tracking.patience import impatient
+from hyperscale.tracking.report import mlflow_place
+from hyperscale.train.callbacks import EvaluationRecord, RunFacts, RunOutcome, StepRecord
+
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What a sync did."""
+
+    reference: RunReference
+    num_sent: int
+    num_present: int
+    """Points that MLflow had already."""
+
+
+def sync_run(folder: str, uri: str | None = None) -> str:
+    """Send MLflow what it lacks of a run, to `uri` or where the run's recipe says; return what was done, in a line."""
+    root = folder if "://" in folder else str(Path(folder).resolve())
+    recipe = _last_start(root, _read(root))[0].recipe
+    settings = dict(recipe.get("tracking", {}).get("mlflow", {}))
+    try:
+        chosen = MlflowSettings.model_validate(settings | ({"uri": uri} if uri else {}))
+    except ValidationError as error:
+        raise ConfigError(f"tracking.mlflow: {error.errors()[0]['msg']}") from error
+    report = sync_to_mlflow(root, chosen, root.rstrip("/").rpartition("/")[0])
+    place = mlflow_place(report.reference.uri, report.reference.experiment_id, report.reference.run_id)
+    return f"sent {report.num_sent} values, {report.num_present} were there: {place}"
+
+
+def sync_to_mlflow(folder: str, settings: MlflowSettings, default_root: str) -> SyncReport:
+    """Send MLflow what it lacks of a run; doing it again sends nothing.
+
+    The run is found by its key and created if MLflow does not know it. `RunFolderError` if the folder holds no record,
+    `ConfigError` if MLflow cannot be used.
+    """
+    entries = _read(folder)
+    facts, run_key = _last_start(folder, entries)
+    uri = tracking_uri(settings, default_root)
+    with impatient(), clear_errors(uri):
+        run = open_run(settings, default_root, run_key, facts.name, facts.tracking_state.get("mlflow_run_id"))
+        run.describe(facts, {}, settings.artifacts)
+        all_points = _points(entries)
+        logged = {key: run.logged_steps(key) for key in {point.key for point in all_points}}
+        missing = [point for point in all_points if point.step not in logged[point.key]]
+        for first in range(0, len(missing), _BATCH):
+            run.log(missing[first : first + _BATCH])
+        if isinstance(entries[-1].record, RunOutcome):
+            run.close(entries[-1].record, settings.artifacts)
+    return SyncReport(run.reference, len(missing), len(all_points) - len(missing))
+
+
+def _read(folder: str) -> list[Entry]:
+    try:
+        return list(read_entries(folder))
+    except OSError as error:
+        raise RunFolderError(f"{folder} holds no {METRICS_FILE}: give the folder of a run ({error}).") from error
+
+
+def _last_start(folder: str, entries: list[Entry]) -> tuple[RunFacts, str]:
+    for entry in reversed(entries):
+        if isinstance(entry.record, RunFacts) and entry.run_key is not None:
+            return entry.record, entry.run_key
+    raise RunFolderError(f"{folder}/{METRICS_FILE} does not tell which run it records: its first line is missing.")
+
+
+def _points(entries: Iterable[Entry]) -> list[Point]:
+    """Return one point per key and step; what was recorded last counts."""
+    newest: dict[tuple[str, int], Point] = {}
+    for entry in entries:
+        match entry.record:
+            case RunFacts() as facts:
+                values = run_metrics(facts)
+            case StepRecord() as record:
+                values = step_metrics(record)
+            case EvaluationRecord() as record:
+                values = evaluation_metrics(record)
+            case _:
+                continue
+        for point in points(values, entry.step, entry.time):
+            newest[point.key, point.step] = point
+    return list(newest.values())
