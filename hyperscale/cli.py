@@ -1,0 +1,335 @@
+"""The command line. Vendors are imported when a command needs them: `hyperscale --help` loads none."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperscale import __version__
+from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
+from hyperscale.errors import ConfigError, DataError, HyperscaleError, nearest
+from hyperscale.logger import set_up_logging
+
+if TYPE_CHECKING:
+    from hyperscale.config.run import Recipe
+
+Command = Callable[[argparse.Namespace], int]
+
+_OVERRIDES = "a setting of the recipe by its path, the value as YAML: training.steps=500 data.tasks=[news,plural]"
+_EXAMPLES = """\
+start with:
+  hyperscale train demo           the embedded default: a real model, real tasks
+  hyperscale validate RECIPE      what a recipe comes to, without training
+  hyperscale COMMAND --help       the options of one command
+"""
+_RESUME = "continue from the last whole checkpoint in the run folder"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is a message on standard error, without a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(given)
+    debug = "debug" in options
+    set_up_logging("DEBUG" if debug else None)
+    command: Command = options.command
+    try:
+        return command(options)
+    except HyperscaleError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; what is whole stays: continue a run with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hyperscale tasks | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """Read the arguments; `key=value` overrides may stand on either side of options, which argparse alone refuses."""
+    parser, verbs = _parsers()
+    if not given:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if not given[0].startswith("-") and given[0] not in verbs:
+        parser.error(f"no command '{given[0]}'.{nearest(given[0], verbs)} There are: {', '.join(verbs)}")
+    options, rest = parser.parse_known_args(given)
+    strangers = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
+    if strangers:
+        verb = verbs[options.verb]
+        known = re.findall(r"--[a-z-]+", verb.format_help())
+        verb.error(f"unknown: {' '.join(strangers)}.{nearest(strangers[0].partition('=')[0], known)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    options.arguments = given
+    return options
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,  # or the command's default would undo a --debug in front of it
+        help="show tracebacks and everything that is logged",
+    )
+    parser = argparse.ArgumentParser(
+        prog="hyperscale",
+        description="Adapt one frozen large model to many tasks at once.",
+        epilog=_EXAMPLES,
+        parents=[common],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hyperscale {__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    added: dict[str, argparse.ArgumentParser] = {}
+
+    def verb(name: str, command: Command, help: str) -> argparse.ArgumentParser:
+        sentence = f"{help[0].upper()}{help[1:]}."
+        added[name] = verbs.add_parser(name, help=help, description=sentence, parents=[common])
+        added[name].set_defaults(command=command, verb=name)
+        return added[name]
+
+    train = verb("train", _train, "train a recipe, evaluate it, export a bundle per task")
+    _add_recipe(train)
+    train.add_argument(
+        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
+    )
+    train.add_argument("--resume", action="store_true", help=_RESUME)
+
+    submit = verb("submit", _submit, "run a recipe as a Ray job on a cluster, follow its log")
+    _add_recipe(submit)
+    submit.add_argument("--address", required=True, help="the cluster's dashboard: http://HEAD:8265")
+    submit.add_argument("--working-dir", type=Path, help="folder to send along (default: a recipe file's own folder)")
+    submit.add_argument("--resume", action="store_true", help=_RESUME)
+    submit.add_argument("--no-follow", action="store_true", help="return once the job is submitted")
+
+    evaluate = verb("evaluate", _evaluate, "score a checkpoint's tasks again, in one process")
+    evaluate.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+
+    predict = verb("predict", _predict, "answer the rows of a file with exported bundles")
+    predict.add_argument(
+        "bundles", nargs="+", type=Path, metavar="BUNDLE", help="bundle folders; rows of several tasks may be mixed"
+    )
+    predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV or Parquet with the prompt's columns")
+    predict.add_argument("--output", required=True, type=Path, help="JSONL to write: the rows with 'prediction' added")
+    predict.add_argument("--backbone", help="where the backbone is on this machine, if not where it was")
+    predict.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="precision of the backbone (default: as trained)"
+    )
+    predict.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
+
+    export = verb("export", _export, "write one bundle per task of a checkpoint")
+    export.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    export.add_argument("--output", type=Path, help="folder for the bundles (default: bundles/ in the run folder)")
+    export.add_argument("--task", action="append", default=[], help="only this task; may be repeated")
+    export.add_argument("--format", choices=("auto", "peft", "native"), help="default: as the recipe says")
+
+    tasks = verb("tasks", _tasks, "list the tasks that a recipe can name")
+    tasks.add_argument(
+        "--folder", action="append", default=[], help="also look in this folder of task files; may be repeated"
+    )
+
+    validate = verb("validate", _validate, "check a recipe, its backbone and its data, no training")
+    _add_recipe(validate)
+    validate.add_argument("--show", action="store_true", help="print the resolved recipe, and nothing else")
+
+    verb("schema", _schema, "print the JSON schema of a recipe")
+    verb("doctor", _doctor, "say what this machine has and what is missing")
+
+    track = verb("track", _track, "send a run's metrics.jsonl to MLflow, now or again")
+    track.add_argument("folder", help="the run folder")
+    track.add_argument("--uri", help="MLflow server or database (default: as the recipe says)")
+    return parser, added
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help=f"a YAML file, or a packaged recipe: {', '.join(packaged_recipes())}")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from hyperscale.launch import torchrun
+    from hyperscale.launch.outcome import show
+
+    if torchrun.is_worker():
+        result = torchrun.train_as_worker(recipe, options.resume)
+        if result is not None:
+            show(result)
+        return 0
+    if options.launcher == "local":
+        from hyperscale.launch.local import refuse_several_workers, train_in_process
+
+        refuse_several_workers(recipe)
+        _check(recipe, is_told_later=True)
+        show(train_in_process(recipe, options.resume))
+        return 0
+    _check(recipe, is_told_later=options.launcher == "torchrun")
+    if options.launcher == "torchrun":
+        return torchrun.spawn_workers(recipe, options.arguments)
+    from hyperscale.launch.ray_train import train_on_ray
+
+    show(train_on_ray(recipe, options.resume))
+    return 0
+
+
+def _check(recipe: "Recipe", is_told_later: bool) -> None:
+    """Check before any worker starts; workers that log to this terminal will say themselves what they read."""
+    from hyperscale.launch.preflight import check_recipe
+    from hyperscale.logger import get_logger
+
+    if is_told_later:
+        with _quiet("hyperscale.data"):
+            check_recipe(recipe, lambda _: None)
+    else:
+        check_recipe(recipe, get_logger(__name__).info)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from hyperscale.launch.ray_job import submit_job
+
+    load_recipe(options.recipe, options.overrides)
+    recipe, folder = options.recipe, options.working_dir
+    if recipe not in packaged_recipes():
+        path = find_recipe(recipe)
+        folder = (folder or path.parent).absolute()
+        if not path.is_relative_to(folder):
+            raise ConfigError(f"recipe {path} is not inside --working-dir {folder}, so the cluster would not get it")
+        recipe = str(path.relative_to(folder))
+    resume = ["--resume"] if options.resume else []
+    return submit_job(options.address, [recipe, *options.overrides, *resume], folder, follow=not options.no_follow)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from hyperscale.launch.evaluate import evaluate_checkpoint
+    from hyperscale.launch.outcome import print_scores
+
+    print_scores(evaluate_checkpoint(options.checkpoint))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from hyperscale.inference.load import load_bundles
+    from hyperscale.inference.predict import predict_file
+
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size}: at least one row must run at once")
+    _refuse_unusable_files(options.input, options.output)
+    bundles = load_bundles(options.bundles, options.backbone, options.dtype)
+    rows = predict_file(bundles, options.input, options.output, options.batch_size)
+    print(f"{rows} rows answered in {options.output}")
+    return 0
+
+
+def _refuse_unusable_files(source: Path, target: Path) -> None:
+    """Find now what would otherwise be found after the backbone is loaded, or after every row is answered."""
+    if not source.is_file():
+        raise DataError(f"--input {source}: no such file")
+    if target.is_dir():
+        raise DataError(f"--output {target} is a folder; name a JSONL file")
+    if not target.absolute().parent.is_dir():
+        raise DataError(f"--output {target}: the folder {target.absolute().parent} does not exist; make it first")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise DataError(f"--output {target}: the folder {target.absolute().parent} is not writable; choose another")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
+    from hyperscale.export.exporter import export_bundles, restore_generator
+
+    path = find_checkpoint(options.checkpoint)
+    trained = restore_generator(load_checkpoint(path, only=("generator",)))
+    output = options.output or _bundles_of(path)
+    for name, folder in export_bundles(trained, output, options.task, options.format).items():
+        print(f"{name}\t{folder}")
+    return 0
+
+
+def _bundles_of(checkpoint: str) -> Path:
+    """Return bundles/ in the run folder around a checkpoint, wherever that folder has been moved."""
+    from hyperscale.checkpoint.layout import CHECKPOINTS, open_place
+
+    place = open_place(checkpoint)
+    if not place.is_local or place.parent.name != CHECKPOINTS:
+        raise ConfigError(f"{checkpoint} is not in a run folder on this machine: say with --output where bundles go")
+    return Path(place.parent.parent.path) / "bundles"
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from hyperscale.data.tasks import list_tasks
+
+    tasks = list_tasks(options.folder)
+    width = max(len(task.name) for task in tasks)
+    for task in tasks:
+        print(f"{task.name:<{width}}  {task.metrics[0]:<11}  {task.source.kind:<5}  {task.description}".rstrip())
+    return 0
+
+
+def _validate(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.show:
+        import yaml
+
+        print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from hyperscale.launch.preflight import check_recipe
+
+    found = check_recipe(recipe, lambda _: None)
+    width = max(map(len, found.rows))
+    for task, (train, validation) in found.rows.items():
+        print(f"{task:<{width}}  {train:>7,} training rows  {validation:>6,} validation rows")
+    share = 100 * found.trained_parameters / found.backbone_parameters
+    print(
+        f"valid: {_counted(len(found.rows), 'task')}, {_counted(found.sites, 'site')}; trains "
+        f"{found.trained_parameters:,} parameters ({share:.2f} % of the frozen {found.backbone_parameters:,})"
+    )
+    return 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _schema(_options: argparse.Namespace) -> int:
+    from hyperscale.config.run import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    return 0
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from hyperscale.launch.doctor import examine
+
+    return examine()
+
+
+def _track(options: argparse.Namespace) -> int:
+    from hyperscale.tracking.sync import sync_run
+
+    print(sync_run(options.folder, options.uri))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

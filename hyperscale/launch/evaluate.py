@@ -1,0 +1,27 @@
+"""`hyperscale evaluate`: a checkpoint's scores again, in one process and without sharding."""
+
+from typing import Any
+
+from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
+from hyperscale.config.loading import parse_recipe
+from hyperscale.launch.context import RunIdentity, WorkerContext
+from hyperscale.launch.worker import evaluate_worker
+from hyperscale.tracking.display import ProgressDisplay
+from hyperscale.train.callbacks import EvaluationRecord
+
+
+def evaluate_checkpoint(path: str) -> list[EvaluationRecord]:
+    """Return the scores of a checkpoint, or of a run folder's newest one, and those of the majority class.
+
+    Raises:
+        CheckpointError: there is none, or the backbone has changed since.
+    """
+    checkpoint = load_checkpoint(find_checkpoint(path))
+    raw: dict[str, Any] = dict(checkpoint.recipe)
+    raw["engine"] = {**raw["engine"], "kind": "local"}
+    raw["cluster"] = {**raw["cluster"], "workers": 1}
+    recipe = parse_recipe(raw, "the checkpoint's recipe")
+    with ProgressDisplay(recipe.tracking.progress) as display:
+        return evaluate_worker(
+            recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.new(recipe.name)), checkpoint
+        )

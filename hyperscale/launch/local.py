@@ -1,0 +1,63 @@
+"""One plain process: no Ray, no torchrun. For debugging, small models, and a machine with one GPU."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from hyperscale.checkpoint.run_folder import claim
+from hyperscale.config.run import Recipe
+from hyperscale.errors import ConfigError
+from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext
+from hyperscale.launch.worker import train_worker
+from hyperscale.tracking.display import ProgressDisplay
+
+
+def refuse_several_workers(recipe: Recipe) -> None:
+    """Raise `ConfigError` if a recipe asks for more than the one worker that there is here."""
+    if recipe.cluster.workers != 1:
+        raise ConfigError(
+            f"--launcher local runs one worker, the recipe asks for cluster.workers {recipe.cluster.workers}; "
+            "set cluster.workers=1 or use --launcher torchrun"
+        )
+
+
+def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
+    """Run a recipe with one worker in this process.
+
+    Raises:
+        ConfigError: the recipe asks for several workers.
+    """
+    refuse_several_workers(recipe)
+    with claim(recipe.output, resume), ProgressDisplay(recipe.tracking.progress) as display, process_group(recipe):
+        result = train_worker(
+            recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.of(recipe.name, recipe.output))
+        )
+    assert result is not None, "rank 0 returns the result"
+    return result
+
+
+@contextmanager
+def process_group(recipe: Recipe) -> Iterator[None]:
+    """Give DeepSpeed the process group of one that it wants; nothing listens on a port."""
+    if recipe.engine.kind != "zero":
+        yield
+        return
+    before = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    backend = "nccl" if recipe.cluster.gpus_per_worker and torch.cuda.is_available() else "gloo"
+    timeout = timedelta(minutes=recipe.engine.communication_timeout_minutes)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

@@ -1,0 +1,92 @@
+"""The last page of a run in the terminal."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from hyperscale.data import templates
+from hyperscale.errors import BundleError
+from hyperscale.export.bundle import read_manifest
+from hyperscale.launch.context import RunResult
+from hyperscale.tracking.report import RunSummary, final_table, mlflow_place, print_report
+from hyperscale.train.callbacks import EvaluationRecord
+from hyperscale.train.evaluation import MAJORITY, UNTOUCHED, VALIDATION
+
+_SQLITE = "sqlite:///"
+
+
+def show(result: RunResult) -> None:
+    """Print the scores beside the baselines, where everything lies, and what to do next."""
+    records = [EvaluationRecord(**record) for record in result.evaluations]
+    places = {"run folder": _nearby(result.folder), "checkpoint": _nearby(result.checkpoint)}
+    if result.bundles:
+        places["bundles"] = str(Path(_nearby(next(iter(result.bundles.values())))).parent)
+    if result.mlflow:
+        places["MLflow run"] = _mlflow_run(result.mlflow)
+    share = 100 * result.trained_parameters / result.total_parameters
+    places["trained"] = f"{result.trained_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"
+    summary = RunSummary(
+        name=result.name,
+        step=result.steps,
+        seconds=result.seconds,
+        trained=_last(records, VALIDATION),
+        untouched=_last(records, UNTOUCHED),
+        majority=_last(records, MAJORITY),
+        places=places,
+        next_commands=_next_commands(result),
+    )
+    print_report(summary, Console())
+
+
+def print_scores(records: Sequence[EvaluationRecord]) -> None:
+    """Print the score table alone."""
+    trained = _last(records, VALIDATION)
+    assert trained is not None, "an evaluation has validation scores"
+    Console().print(final_table(trained, _last(records, UNTOUCHED), _last(records, MAJORITY)))
+
+
+def _last(records: Sequence[EvaluationRecord], stage: str) -> EvaluationRecord | None:
+    return next((record for record in reversed(records) if record.stage == stage), None)
+
+
+def _mlflow_run(mlflow: Mapping[str, str]) -> str:
+    uri, experiment, run = (mlflow[f"mlflow_{key}"] for key in ("uri", "experiment_id", "run_id"))
+    if uri.startswith(_SQLITE):
+        return f"{run} in {_nearby(uri.removeprefix(_SQLITE))}"
+    return mlflow_place(uri, experiment, run)
+
+
+def _next_commands(result: RunResult) -> list[tuple[str, str]]:
+    commands = []
+    activate = Path(sys.executable).with_name("activate")
+    if activate.exists() and shutil.which("hyperscale") != str(activate.with_name("hyperscale")):
+        commands.append((f"source {shlex.quote(_nearby(str(activate)))}", "once in this shell"))
+    if result.bundles:
+        bundle = next(iter(result.bundles.values()))
+        command = f"hyperscale predict {shlex.quote(_nearby(bundle))} --input rows.jsonl --output answers.jsonl"
+        commands.append((command, f"answer rows of your own{_columns(bundle)}"))
+    uri = str(result.mlflow.get("mlflow_uri", ""))
+    if uri.startswith(_SQLITE):
+        database = shlex.quote(_SQLITE + _nearby(uri.removeprefix(_SQLITE)))
+        commands.append((f"mlflow ui --backend-store-uri {database}", "compare runs in the browser"))
+    commands.append((f"hyperscale evaluate {shlex.quote(_nearby(result.folder))}", "score the newest checkpoint again"))
+    return commands
+
+
+def _columns(bundle: str) -> str:
+    """Say which columns a bundle's rows need, where the bundle can be read from here."""
+    try:
+        columns = templates.parse(read_manifest(Path(bundle)).task.input).columns
+    except (BundleError, OSError):
+        return ""
+    return f", which need {', '.join(columns)}"
+
+
+def _nearby(path: str) -> str:
+    """Return a path below the working directory relative to it: shorter, and as good to copy."""
+    return os.path.relpath(path) if path.startswith(f"{Path.cwd()}{os.sep}") else path

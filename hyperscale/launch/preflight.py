@@ -1,0 +1,52 @@
+"""What can be wrong with a recipe, found before any worker starts: backbone, tasks, rows, sites, DeepSpeed JSON."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import AutoTokenizer
+
+from hyperscale.config.run import Recipe
+from hyperscale.data.corpus import load_corpus
+from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.backbone import build_empty, open_backbone
+from hyperscale.model.generators.generator import num_parameters
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.sites import find_sites
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a recipe comes to."""
+
+    backbone_parameters: int
+    trained_parameters: int
+    sites: int
+    rows: dict[str, tuple[int, int]]
+    """task -> training and validation rows."""
+
+
+def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
+    """Open, read and build everything but weights and workers; fetches the backbone and the packaged data if need be.
+
+    Raises:
+        HyperscaleError: the first thing that is wrong, in one message.
+    """
+    say("opening the backbone")
+    folder = open_backbone(recipe.backbone)
+    empty = build_empty(folder, recipe.backbone)
+    kinds = build_kinds(recipe.adaptation.adapters)
+    site_map = find_sites(empty, folder.architecture, kinds)
+    if recipe.engine.kind == "zero":
+        complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
+    say("reading the tasks")
+    corpus = load_corpus(
+        recipe.data, AutoTokenizer.from_pretrained(folder.path), folder.architecture.is_encoder_decoder
+    )
+    generator = build_generator(recipe.adaptation, site_map, kinds, len(corpus.tasks), recipe.seed)
+    return Preflight(
+        backbone_parameters=sum(parameter.numel() for parameter in empty.parameters()),
+        trained_parameters=num_parameters(generator),
+        sites=len(site_map.sites),
+        rows={loaded.task.name: (len(loaded.train.encoded), len(loaded.validation.encoded)) for loaded in corpus.tasks},
+    )

@@ -1,0 +1,252 @@
+"""Ray Train workers for a recipe: run them, show what they tell, and come back after a lost one.
+
+Checkpoints are our own (a run folder that all nodes see), so nothing is reported to Ray Train: its report is paced by a
+2 s poll and can be lost with a killed worker. A restarted group continues from the newest whole checkpoint there.
+"""
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hyperscale.checkpoint.layout import open_place
+from hyperscale.checkpoint.run_folder import claim
+from hyperscale.config.loading import dump_recipe, parse_recipe
+from hyperscale.config.run import Recipe
+from hyperscale.errors import HyperscaleError, ResourceError, RunFolderError
+from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, as_mistake, ignore, read_result
+from hyperscale.launch.ray_cluster import join_cluster, refuse_private_folder, refuse_shortfall, wait_for_resources
+from hyperscale.launch.resources import asked_resources, passing_folder_problem
+from hyperscale.launch.worker import tell_failure, train_worker
+from hyperscale.logger import get_logger
+from hyperscale.tracking.display import ProgressDisplay
+
+_logger = get_logger(__name__)
+
+_POLL_SECONDS = 0.5
+
+
+def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
+    """Run a recipe's workers on the cluster of `cluster.address`, of RAY_ADDRESS, or on one started here.
+
+    Raises:
+        ResourceError: the cluster cannot be joined or lacks what the workers need.
+        RunFolderError: the run folder is busy, private to one node, or holds another run.
+        HyperscaleError: what a worker found wrong, as it said it.
+    """
+    problem = passing_folder_problem(recipe.output)
+    if problem:
+        raise RunFolderError(problem)
+    with ExitStack() as stack:
+        display = stack.enter_context(ProgressDisplay(recipe.tracking.progress))
+
+        def say(text: str) -> None:
+            display.consume({"event": "phase", "text": text, "done": None, "total": None})
+
+        stack.enter_context(claim(recipe.output, resume))
+        run = RunIdentity.of(recipe.name, recipe.output)
+        say("starting Ray")
+        stack.enter_context(join_cluster(recipe))
+        refuse_shortfall(recipe)
+        refuse_private_folder(recipe)
+        wait_for_resources(recipe, say)
+        mailbox = _mailbox()
+        stack.enter_context(_delivery(mailbox, display))
+        say(f"starting {recipe.cluster.workers} workers")
+        try:
+            _fit(recipe, mailbox, run)
+        except HyperscaleError as error:
+            tell_failure(recipe, run, str(error))
+            raise
+        except KeyboardInterrupt:
+            tell_failure(recipe, run, "stopped by a signal")
+            raise
+    return read_result(recipe.output)
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class _Mailbox:
+    """Events on their way from rank 0, on whichever node, to the driver's terminal; and what went wrong for good."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._mistake: tuple[str, str] | None = None
+
+    def put(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def put_mistake(self, kind: str, message: str) -> None:
+        self._mistake = self._mistake or (kind, message)
+
+    def mistake(self) -> tuple[str, str] | None:
+        return self._mistake
+
+
+def _mailbox() -> Any:
+    """Start the mailbox on the driver's node, so that no other node's end takes it away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # from ray.remote
+
+
+@contextmanager
+def _delivery(mailbox: Any, display: ProgressDisplay) -> Iterator[None]:
+    """Show the events as they come, from a thread of the driver's."""
+    done = threading.Event()
+
+    def deliver() -> None:
+        while not done.wait(_POLL_SECONDS):
+            _show(mailbox, display)
+
+    thread = threading.Thread(target=deliver, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=10)
+        _show(mailbox, display)
+
+
+def _show(mailbox: Any, display: ProgressDisplay) -> None:
+    try:
+        events = ray.get(mailbox.take.remote(), timeout=10)
+    except RayError:  # the display must never decide a run's end
+        return
+    for event in events:
+        if event["event"] == "loss":
+            _logger.warning("%s", event["text"])
+        elif event.get("status") != "failed":  # whether the run has failed, and not only its workers, is said here
+            display.consume(event)
+
+
+class _LossReport(UserCallback):
+    """Tells of every failure of the workers, from the process that restarts them; a user's mistake is no reason to."""
+
+    def __init__(self, mailbox: Any, max_failures: int) -> None:
+        self._mailbox = mailbox
+        self._max_failures = max_failures
+        self._failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        mistake = ray.get(self._mailbox.mistake.remote(), timeout=10)
+        if mistake:
+            raise HyperscaleError(mistake[1])  # an error here ends the run, one of a worker would start it again
+        lost = describe_losses(worker_exceptions)
+        self._failures += 1
+        if self._failures <= self._max_failures:
+            count = f"restart {self._failures} of {self._max_failures}"
+            text = f"{lost}; starting all workers again from the last checkpoint ({count})"
+            self._mailbox.put.remote({"event": "loss", "text": text})
+
+
+def describe_losses(worker_exceptions: Mapping[int, Exception]) -> str:
+    """Say in a line which workers failed and why, without those that only lost their peer, if another is to blame."""
+    reasons = {rank: _reason(error) for rank, error in sorted(worker_exceptions.items())}
+    causes = {rank: reason for rank, reason in reasons.items() if "onnection" not in reason} or reasons
+    return "; ".join(f"worker {rank} {reason}" for rank, reason in causes.items())
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(getattr(error, "health_check_failure", error), RayError):
+        return "died (killed, out of memory, or its node is gone)"
+    cause = getattr(error, "_base_exc", error)  # Ray Train's wrapper says everything, traceback included
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"failed: {type(cause).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _fit(recipe: Recipe, mailbox: Any, run: RunIdentity) -> None:
+    cluster = recipe.cluster
+    storage = open_place(recipe.output).child("ray")
+    trainer = TorchTrainer(
+        _train_loop,
+        train_loop_config={"recipe": dump_recipe(recipe), "mailbox": mailbox, "run": run},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=asked_resources(cluster.model_copy(update={"workers": 1})),
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: Ray resumes a run of the same name and would train nothing.
+            name=f"{recipe.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[_LossReport(mailbox, cluster.max_failures)],  # type: ignore[list-item]  # Tune's is declared
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo",
+            timeout_s=int(60 * recipe.engine.communication_timeout_minutes),
+        ),
+    )
+    with _quiet_train():
+        try:
+            trainer.fit()
+        except (RayError, TrainingFailedError) as error:
+            raise _as_told(error, mailbox, cluster.max_failures) from error
+        finally:
+            with suppress(OSError):  # only a marker of Ray's lies there
+                storage.fs.rm(storage.path, recursive=True)
+
+
+@contextmanager
+def _quiet_train() -> Iterator[None]:
+    """Keep Ray Train's own log lines out of the progress display unless something is wrong."""
+    logger = logging.getLogger("ray.train")
+    before = logger.level
+    if not _logger.isEnabledFor(logging.DEBUG):
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _as_told(error: Exception, mailbox: Any, max_failures: int) -> HyperscaleError:
+    """Return the mistake that a worker reported, as it was raised there, or say that workers kept failing."""
+    try:
+        mistake = ray.get(mailbox.mistake.remote(), timeout=10)
+    except RayError:
+        mistake = None
+    if mistake:
+        return as_mistake(*mistake)
+    failures = getattr(error, "worker_failures", None)
+    last = describe_losses(failures) if failures else str(error).strip().splitlines()[-1]
+    return ResourceError(
+        f"the workers failed more than cluster.max_failures={max_failures} times; the last time {last}. "
+        "Continue from the last checkpoint with --resume; --debug shows the traceback"
+    )
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """Run one worker's part; Ray calls this in every worker process, again after a failure."""
+    mailbox, context = config["mailbox"], ray.train.get_context()
+
+    def progress(event: dict[str, Any]) -> None:
+        mailbox.put.remote(event)
+
+    rank = context.get_world_rank()
+    worker = WorkerContext(
+        rank=rank,
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        launcher="ray",
+        progress=ignore if rank else progress,
+        run=config["run"],
+    )
+    try:
+        train_worker(parse_recipe(config["recipe"], "the recipe"), worker)
+    except HyperscaleError as error:
+        ray.get(mailbox.put_mistake.remote(type(error).__name__, str(error)))
+        raise

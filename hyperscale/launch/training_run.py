@@ -1,0 +1,181 @@
+"""One run on one rank: its place in the data, its scores so far, its checkpoints and its listeners."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hyperscale.checkpoint.layout import RECIPE, open_place
+from hyperscale.checkpoint.store import Checkpoint, CheckpointStore
+from hyperscale.config.loading import dump_recipe, render_recipe
+from hyperscale.config.run import Recipe
+from hyperscale.data.corpus import Corpus
+from hyperscale.data.loader import TrainLoader
+from hyperscale.engine.base import Engine
+from hyperscale.launch.context import RunResult, WorkerContext, write_result
+from hyperscale.model.generators.generator import num_parameters
+from hyperscale.tracking.progress import ProgressSender
+from hyperscale.train.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome
+from hyperscale.train.evaluation import UNTOUCHED, VALIDATION, Evaluator, majority_record
+from hyperscale.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Session:
+    """The built parts of a run on one rank."""
+
+    recipe: Recipe
+    context: WorkerContext
+    corpus: Corpus
+    engine: Engine
+    sender: ProgressSender
+    store: CheckpointStore
+    manifest: dict[str, Any]
+
+    @property
+    def is_first(self) -> bool:
+        return self.context.rank == 0
+
+    def evaluator(self) -> Evaluator:
+        training = self.recipe.training
+        size = training.evaluation_batch_size or 2 * training.micro_batch_size
+        return Evaluator(self.engine, self.corpus, size, self.sender.phase)
+
+
+class TrainingRun:
+    """The state of one run that is not in the engine: its evaluations so far, its place in the data, its listeners."""
+
+    def __init__(self, session: Session, checkpoint: Checkpoint | None, callbacks: Sequence[Callback]) -> None:
+        self.session = session
+        self.start_step = checkpoint.step if checkpoint else 0
+        state = checkpoint.state if checkpoint else {}
+        self.tracking_state: dict[str, Any] = dict(state.get("tracking", {}))
+        self.evaluations = [EvaluationRecord(**record) for record in state.get("evaluations", [])]
+        self.loader = _train_loader(session)
+        if checkpoint:
+            self.loader.load_state(state["loader"])
+        self.evaluator = session.evaluator()
+        self.callbacks = callbacks
+
+    def train(self) -> None:
+        """Score the untouched backbone once, then run the remaining steps."""
+        recipe = self.session.recipe
+        if self.session.is_first:
+            place = open_place(recipe.output).child(RECIPE)
+            place.fs.pipe_file(place.path, render_recipe(recipe).encode())
+        if not self.evaluations:
+            self._record(majority_record(self.session.corpus))
+            if recipe.training.evaluate_untouched:
+                self._record(self.evaluator(0, UNTOUCHED))
+        trainer = Trainer(
+            engine=self.session.engine,
+            loader=self.loader,
+            settings=recipe.training,
+            task_names=self.session.corpus.names,
+            callbacks=self.callbacks,
+            evaluate=lambda step: self._record(self.evaluator(step, VALIDATION)),
+            save=self.save,
+        )
+        trainer.run(self.start_step)
+
+    def facts(self) -> RunFacts:
+        recipe, engine = self.session.recipe, self.session.engine
+        trained = num_parameters(engine.model.generator)
+        return RunFacts(
+            name=recipe.name,
+            folder=recipe.output,
+            recipe=dump_recipe(recipe),
+            tasks=self.session.corpus.names,
+            datasets=self.session.corpus.describe(),
+            world_size=self.session.context.world_size,
+            trained_parameters=trained,
+            total_parameters=trained + _backbone_parameters(engine),
+            start_step=self.start_step,
+            total_steps=recipe.training.steps,
+            tracking_state=self.tracking_state,
+        )
+
+    def save(self, step: int) -> None:
+        """Commit a checkpoint on rank 0; the other ranks wait, so that no rank runs ahead of what is safe."""
+        if self.session.is_first:
+            state = {
+                "loader": self.loader.state(),
+                "seed": self.session.recipe.seed,
+                "tasks": [loaded.task.model_dump(mode="json") for loaded in self.session.corpus.tasks],
+                "evaluations": [asdict(record) for record in self.evaluations],
+                "tracking": self._merged_tracking_state(),
+            }
+            recipe = dump_recipe(self.session.recipe)
+            checkpoint = Checkpoint(step, self.session.engine.state(), state, self.session.manifest, recipe)
+            path = self.session.store.save(checkpoint)
+            for callback in self.callbacks:
+                callback.on_checkpoint(CheckpointRecord(step, path))
+        self.session.engine.collective.barrier()
+
+    def result(self, seconds: float, bundles: dict[str, str]) -> RunResult:
+        facts = self.facts()
+        result = RunResult(
+            name=facts.name,
+            folder=facts.folder,
+            steps=facts.total_steps,
+            seconds=seconds,
+            evaluations=tuple(asdict(record) for record in self.evaluations),
+            bundles=bundles,
+            checkpoint=self.session.store.latest() or "",
+            mlflow={key: value for key, value in self._merged_tracking_state().items() if key.startswith("mlflow_")},
+            trained_parameters=facts.trained_parameters,
+            total_parameters=facts.total_parameters,
+        )
+        write_result(result)
+        return result
+
+    def _record(self, record: EvaluationRecord) -> None:
+        self.evaluations.append(record)
+        for callback in self.callbacks:
+            callback.on_evaluation(record)
+
+    def _merged_tracking_state(self) -> dict[str, Any]:
+        merged = dict(self.tracking_state)
+        for callback in self.callbacks:
+            merged.update(callback.state())
+        return merged
+
+
+@contextmanager
+def told(run: TrainingRun) -> Iterator[list[RunOutcome]]:
+    """Tell the listeners that the run starts, and how it ended, whatever happens in between."""
+    start = time.monotonic()
+    for callback in run.callbacks:
+        callback.on_run_start(run.facts())
+    outcome: list[RunOutcome] = []
+    try:
+        yield outcome
+    except BaseException as error:
+        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        outcome = [RunOutcome(status, run.start_step, time.monotonic() - start, message=str(error)[:500])]
+        raise
+    finally:
+        for callback in run.callbacks:
+            callback.on_run_end(outcome[0])
+
+
+def _train_loader(session: Session) -> TrainLoader:
+    recipe, context, corpus = session.recipe, session.context, session.corpus
+    return TrainLoader(
+        [loaded.train.encoded for loaded in corpus.tasks],
+        recipe.data,
+        recipe.training.batch_size,
+        recipe.training.micro_batch_size,
+        context.rank,
+        context.world_size,
+        recipe.seed,
+        corpus.layout.pad_token_id,
+        corpus.layout.is_encoder_decoder,
+    )
+
+
+def _backbone_parameters(engine: Engine) -> int:
+    return sum(
+        int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in engine.model.backbone.parameters()
+    )

@@ -1,0 +1,200 @@
+"""The composition root: builds every object of a run and puts them together, under any launcher alike.
+
+Engine and trackers are chosen by name and imported when chosen, so that a machine needs only what its recipe uses.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from hyperscale.checkpoint.layout import open_place
+from hyperscale.checkpoint.manifest import build_manifest, check_manifest
+from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
+from hyperscale.config.run import Recipe
+from hyperscale.data.corpus import load_corpus
+from hyperscale.engine.base import Engine
+from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
+from hyperscale.engine.local import LocalEngine
+from hyperscale.engine.optimizer import GeneratorOptimizer
+from hyperscale.engine.step import TrainingStep
+from hyperscale.errors import EngineError
+from hyperscale.export.exporter import export_bundles, restore_generator
+from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext
+from hyperscale.launch.training_run import Session, TrainingRun, told
+from hyperscale.logger import get_logger, set_up_logging
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.injection import Injection
+from hyperscale.model.sites import find_sites
+from hyperscale.tracking.jsonl import JsonlTracker
+from hyperscale.tracking.progress import ProgressSender
+from hyperscale.tracking.provenance import package_versions
+from hyperscale.train.callbacks import Callback, EvaluationRecord, RunOutcome
+from hyperscale.train.evaluation import majority_record
+
+_logger = get_logger(__name__)
+
+
+def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
+    """Train, evaluate and export on this rank; every worker of the run calls this with the same recipe.
+
+    Continues from the newest whole checkpoint in the run folder, if there is one.
+
+    Returns:
+        The result on rank 0, which is also written to the run folder; None elsewhere.
+    """
+    start = time.monotonic()
+    session = _open_session(recipe, context)
+    checkpoint = _newest_checkpoint(session)
+    run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else ())
+    with told(run) as outcome:
+        run.train()
+        bundles = _export(session) if recipe.export.enabled else {}
+        outcome.append(RunOutcome("finished", recipe.training.steps, time.monotonic() - start, bundles=bundles))
+    return run.result(time.monotonic() - start, bundles) if session.is_first else None
+
+
+def evaluate_worker(recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint) -> list[EvaluationRecord]:
+    """Score a checkpoint's tasks again, beside the majority class; every worker of the group calls this."""
+    session = _open_session(recipe, context)
+    check_manifest(checkpoint.manifest, session.manifest)
+    session.engine.load_state(checkpoint.tensors)
+    return [majority_record(session.corpus), session.evaluator()(checkpoint.step)]
+
+
+def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
+    set_up_logging(rank=context.rank)
+    device = _device(recipe, context)
+    sender = ProgressSender(context.progress)
+    sender.phase("opening the backbone")
+    folder = open_backbone(recipe.backbone)
+    sender.phase("reading the tasks")
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    corpus = load_corpus(recipe.data, tokenizer, folder.architecture.is_encoder_decoder)
+    sender.phase(f"loading {recipe.backbone.name} ({recipe.engine.kind} engine, {context.world_size} workers)")
+    collective = TorchCollective(device) if context.world_size > 1 else SingleProcess()
+    engine = build_engine(recipe, folder, collective, device, len(corpus.tasks))
+    manifest = build_manifest(
+        site_map=engine.model.site_map.to_json(),
+        generator=recipe.adaptation.model_dump(mode="json"),
+        tasks=corpus.names,
+        backbone={
+            "name": recipe.backbone.name,
+            "digest": folder.digest(),
+            "path": str(folder.path),
+            "is_local": Path(recipe.backbone.name).is_dir() or "/" not in recipe.backbone.name,
+            "model_type": folder.architecture.model_type,
+        },
+        versions=package_versions(),
+    )
+    store = CheckpointStore(recipe.output, recipe.training.keep_checkpoints)
+    return Session(recipe, context, corpus, engine, sender, store, manifest)
+
+
+def _device(recipe: Recipe, context: WorkerContext) -> torch.device:
+    if recipe.cluster.gpus_per_worker:
+        if not torch.cuda.is_available():
+            raise EngineError(
+                f"cluster.gpus_per_worker is {recipe.cluster.gpus_per_worker:g}, but worker {context.rank} sees no "
+                "CUDA device; set it to 0 to run on CPUs, or install a torch that fits the driver (hyperscale doctor)"
+            )
+        # Ray shows each worker its own GPU alone; torchrun shows all of them to each.
+        torch.cuda.set_device(context.local_rank if torch.cuda.device_count() > context.local_rank else 0)
+        return torch.device("cuda", torch.cuda.current_device())
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for others, and warns that it found none
+    torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    return torch.device("cpu")
+
+
+def build_engine(
+    recipe: Recipe, folder: BackboneFolder, collective: Collective, device: torch.device, num_tasks: int
+) -> Engine:
+    """Load the backbone and join it to a new generator; every rank must call this.
+
+    Raises:
+        BackboneError, EngineError, ConfigError: as the recipe and the backbone's folder deserve.
+    """
+    deepspeed_engine: Any = None
+    backbone: nn.Module
+    if recipe.engine.kind == "zero":
+        from hyperscale.engine.zero import ZeroEngine, shard_backbone
+
+        backbone, deepspeed_engine = shard_backbone(folder, recipe, device, collective.world_size)
+    else:
+        dense = load_dense(folder, recipe.backbone)
+        if recipe.engine.activation_checkpointing:
+            set_activation_checkpointing(dense)
+        backbone = dense.to(device)  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
+    kinds = build_kinds(recipe.adaptation.adapters)
+    site_map = find_sites(backbone, folder.architecture, kinds)
+    generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed).to(device)
+    model = AdaptedModel(backbone, generator, Injection(backbone, site_map, kinds), site_map, folder.architecture)
+    optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps)
+    step = TrainingStep(model, optimizer, collective, device, recipe.training, num_tasks, recipe.seed)
+    if deepspeed_engine is None:
+        return LocalEngine(step)
+    return ZeroEngine(step, deepspeed_engine, resident=recipe.engine.resident == "all")
+
+
+def _newest_checkpoint(session: Session) -> Checkpoint | None:
+    """Load the newest whole checkpoint; rank 0 says which, since an object store may list differently elsewhere."""
+    collective = session.engine.collective
+    if session.is_first:
+        session.store.sweep()
+    path = collective.from_first(session.store.latest() if session.is_first else None)
+    if path is None:
+        return None
+    checkpoint = session.store.load(path)
+    check_manifest(checkpoint.manifest, session.manifest)
+    session.engine.load_state(checkpoint.tensors)
+    _logger.info("continuing from %s", path)
+    return checkpoint
+
+
+def tell_failure(recipe: Recipe, run: RunIdentity, message: str) -> None:
+    """Record that a run has failed whose rank 0 could not say so itself; for the driver."""
+    if recipe.tracking.mlflow.enabled:
+        from hyperscale.tracking.mlflow import record_end
+
+        outcome = RunOutcome("failed", 0, 0.0, message=message[:500])
+        record_end(recipe.tracking.mlflow, str(open_place(recipe.output).parent), run.key, outcome)
+
+
+def _listeners(session: Session) -> Sequence[Callback]:
+    recipe = session.recipe
+    run = session.context.run
+    listeners: list[Callback] = [JsonlTracker(recipe.output, run.key), session.sender]
+    if recipe.tracking.mlflow.enabled:
+        from hyperscale.tracking.mlflow import MlflowTracker
+
+        tags = {"hyperscale.launcher": session.context.launcher, **package_versions()}
+        if run.commit:
+            tags["mlflow.source.git.commit"] = run.commit
+        root = str(open_place(recipe.output).parent)
+        listeners.append(MlflowTracker(recipe.tracking.mlflow, root, run.key, tags))
+    return listeners
+
+
+def _export(session: Session) -> dict[str, str]:
+    """Write the bundles of the newest checkpoint on rank 0; to an object store by way of a temporary folder."""
+    if not session.is_first:
+        return {}
+    session.sender.phase("exporting the bundles")
+    trained = restore_generator(load_checkpoint(find_checkpoint(session.recipe.output), only=("generator",)))
+    target = open_place(session.recipe.output).child("bundles")
+    if target.is_local:
+        return {name: str(folder) for name, folder in export_bundles(trained, Path(target.path)).items()}
+    with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
+        written = export_bundles(trained, Path(scratch))
+        for name, folder in written.items():
+            target.fs.put(str(folder), target.child(name).path, recursive=True)
+    return {name: str(target.child(name)) for name in written}
