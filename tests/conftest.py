@@ -1,0 +1,51 @@
+"""What every test may use."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Two ranks share two cores in many tests; a worker that inherits more threads than one slows its peer down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need a model hub
+
+
+@pytest.fixture(scope="session")
+def task_data() -> Path:
+    """The folder of development data sets (`<task>/{train,validation,test}.jsonl`) that lies beside some checkouts."""
+    folder = os.environ.get("HYPERSCALE_TASK_DATA")
+    if not folder:
+        pytest.skip("left out: HYPERSCALE_TASK_DATA names no folder of task data")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"HYPERSCALE_TASK_DATA={folder} is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of two layers with random weights; not to be written to."""
+    from tests import tiny
+
+    return tiny.tiny_llama(tmp_path_factory.mktemp("backbones") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 v1.1 of two and two layers with random weights; not to be written to."""
+    from tests import tiny
+
+    return tiny.tiny_t5(tmp_path_factory.mktemp("backbones") / "tiny-t5")
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """A test leaves the environment and the working folder as it found them."""
+    before, folder = dict(os.environ), Path.cwd()
+    yield
+    os.chdir(folder)
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

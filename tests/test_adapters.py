@@ -1,0 +1,132 @@
+"""Adapter kinds against their papers' formulas, written plainly: float64, one sample and one token at a time."""
+
+import math
+from collections.abc import Mapping
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperscale.config.adaptation import AdapterSettings, BottleneckSettings, LoraSettings
+from hyperscale.model.adapters.bottleneck import Bottleneck
+from hyperscale.model.adapters.kinds import AdapterKind
+from hyperscale.model.adapters.lora import Lora
+from hyperscale.model.adapters.registry import ADAPTER_KINDS, build_kinds
+
+B, T, IN, OUT = 3, 4, 6, 10
+
+KINDS: list[AdapterKind] = [
+    Lora(LoraSettings(rank=2, alpha=3.0)),
+    *(
+        Bottleneck(BottleneckSettings.model_validate({"reduction": 3, "activation": activation}))
+        for activation in ("gelu", "gelu_new", "relu", "silu")
+    ),
+]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind.settings, "activation", kind.name))
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)), dtype=torch.float64)
+
+
+def weights_per_sample(kind: AdapterKind) -> dict[str, Tensor]:
+    return {name: draw(B, *spec.shape) for name, spec in kind.tensors(IN, OUT).items()}
+
+
+def plain(kind: AdapterKind, x: list[float], y: list[float], weights: Mapping[str, Tensor]) -> list[float]:
+    """Adapt one token of one sample with Python's own arithmetic."""
+
+    def times(matrix: list[list[float]], vector: list[float]) -> list[float]:
+        return [math.fsum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+    def plus(*vectors: list[float]) -> list[float]:
+        return [math.fsum(parts) for parts in zip(*vectors, strict=True)]
+
+    w = {name: tensor.tolist() for name, tensor in weights.items()}
+    if isinstance(kind, Lora):
+        return plus(y, times(w["b"], times(w["a"], x)))
+    assert isinstance(kind, Bottleneck)
+    act = {
+        "relu": lambda v: max(v, 0.0),
+        "silu": lambda v: v / (1 + math.exp(-v)),
+        "gelu": lambda v: v / 2 * (1 + math.erf(v / math.sqrt(2))),
+        "gelu_new": lambda v: v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    }[kind.settings.activation]
+    hidden = [act(value) for value in plus(times(w["down"], y), w["down_bias"])]
+    return plus(y, times(w["up"], hidden), w["up_bias"])
+
+
+@each_kind
+def test_formula(kind: AdapterKind):
+    x, y, weights = draw(B, T, IN), draw(B, T, OUT), weights_per_sample(kind)
+    adapted = kind.apply(x, y, weights)
+    expected = [
+        [
+            plain(kind, x[b, t].tolist(), y[b, t].tolist(), {name: tensor[b] for name, tensor in weights.items()})
+            for t in range(T)
+        ]
+        for b in range(B)
+    ]
+    torch.testing.assert_close(adapted, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(adapted, y)
+    for b in range(B):  # one task's weights for the whole batch are the same function
+        alone = kind.apply(x[b : b + 1], y[b : b + 1], {name: tensor[b] for name, tensor in weights.items()})
+        torch.testing.assert_close(alone, adapted[b : b + 1], rtol=1e-12, atol=1e-12)
+
+
+@each_kind
+def test_gradients(kind: AdapterKind):
+    names = list(kind.tensors(IN, OUT))
+    for weights in (weights_per_sample(kind), {name: w[0] for name, w in weights_per_sample(kind).items()}):
+
+        def adapted(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
+            return kind.apply(x, y, dict(zip(names, tensors, strict=True)))
+
+        inputs = [draw(B, T, IN), draw(B, T, OUT), *weights.values()]
+        assert torch.autograd.gradcheck(adapted, [tensor.requires_grad_() for tensor in inputs])
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_start(kind: AdapterKind, dtype: torch.dtype):
+    """The output is exactly the backbone's, and what starts at zero already learns."""
+    specs = kind.tensors(IN, OUT)
+    assert {spec.start for spec in specs.values()} == {"zero", "normal"}
+    weights = {name: (draw(B, *spec.shape) * spec.std).to(dtype).requires_grad_() for name, spec in specs.items()}
+    assert all(weights[name].any() == (spec.start == "normal") for name, spec in specs.items())
+    x, y = draw(B, T, IN).to(dtype), draw(B, T, OUT).to(dtype)
+    adapted = kind.apply(x, y, weights)
+    assert adapted.dtype == dtype
+    assert torch.equal(adapted, y)
+    adapted.square().sum().backward()
+    last = {"lora": ("b",), "bottleneck": ("up", "up_bias")}[kind.name]
+    assert {name for name, tensor in weights.items() if tensor.grad is not None and tensor.grad.any()} == set(last)
+
+
+def test_sizes_and_scales():
+    lora = Lora(LoraSettings(rank=4, alpha=10.0)).tensors(IN, OUT)
+    assert {name: spec.shape for name, spec in lora.items()} == {"a": (4, IN), "b": (OUT, 4)}
+    assert (lora["a"].scale, lora["b"].scale) == (1.0, 2.5)  # alpha / rank, on B alone
+    assert (lora["a"].std, lora["b"].std) == (IN**-0.5, 0.0)
+    bottleneck = Bottleneck(BottleneckSettings(reduction=4)).tensors(IN, 32)
+    assert {name: spec.shape for name, spec in bottleneck.items()} == {
+        "down": (8, 32),
+        "down_bias": (8,),
+        "up": (32, 8),
+        "up_bias": (32,),
+    }
+    assert [spec.numel for spec in bottleneck.values()] == [256, 8, 256, 32]
+    assert {spec.scale for spec in bottleneck.values()} == {1.0}
+    assert Bottleneck(BottleneckSettings(reduction=64)).tensors(IN, 32)["down"].shape == (1, 32)  # never empty
+
+
+def test_every_kind_of_the_recipe_is_built():
+    (union, *_) = get_args(AdapterSettings)
+    assert {member.model_fields["kind"].default for member in get_args(union)} == set(ADAPTER_KINDS)
+    kinds = build_kinds([BottleneckSettings(targets=("attention",)), LoraSettings(targets=("o", "k"))])
+    assert [kind.name for kind in kinds] == ["lora", "bottleneck"]  # the order in which they act, not the recipe's
+    assert [(kind.acts_on, kind.targets) for kind in kinds] == [
+        ("projections", ("o", "k")),
+        ("sublayers", ("attention",)),
+    ]

@@ -1,0 +1,323 @@
+"""The checkpoint store, the manifest check and the run folder's rules, with real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from uuid import uuid4
+
+import fsspec
+import pytest
+import torch
+
+from hyperscale.checkpoint.manifest import build_manifest, check_manifest
+from hyperscale.checkpoint.run_folder import claim
+from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
+from hyperscale.errors import CheckpointError, RunFolderError
+
+
+def make_checkpoint(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    weights = {"trunk.weight": torch.randn(7, 5, generator=generator), "codes": torch.randn(3, generator=generator)}
+    moments = {"exp_avg": torch.randn(7, 5, generator=generator).to(torch.bfloat16), "step": torch.tensor(float(step))}
+    return Checkpoint(
+        step=step,
+        tensors={"generator": weights, "optimizer": moments},
+        state={"schedule": {"last_step": step}, "seed": 17, "tracking": {"mlflow_run_id": "abc"}},
+        manifest={"tasks": ["sst2", "cola"]},
+        recipe={"name": "größer", "training": {"learning_rate": 3e-4, "steps": 100}},
+    )
+
+
+def assert_same(loaded: Checkpoint, saved: Checkpoint) -> None:
+    assert loaded.step == saved.step
+    assert (loaded.state, loaded.manifest, loaded.recipe) == (saved.state, saved.manifest, saved.recipe)
+    assert loaded.tensors.keys() == saved.tensors.keys()
+    for key, tensors in saved.tensors.items():
+        assert loaded.tensors[key].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded.tensors[key][name].dtype == tensor.dtype
+            assert torch.equal(loaded.tensors[key][name], tensor)
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "run") if request.param == "local" else f"memory://{uuid4().hex}/run"
+
+
+def test_what_was_saved_is_loaded_and_the_newest_are_kept(folder: str) -> None:
+    store = CheckpointStore(folder, keep=2)
+    assert store.latest() is None
+    assert store.list() == ()
+    for step in (50, 100, 150, 1_000_000):
+        path = store.save(make_checkpoint(step))
+        assert store.latest() == path
+        assert_same(store.load(path), make_checkpoint(step))
+    assert [path.rpartition("/")[2] for path in store.list()] == ["step-000150", "step-1000000"]
+    assert find_checkpoint(folder) == find_checkpoint(path) == path
+    assert set(load_checkpoint(path, only=("generator",)).tensors) == {"generator"}
+    fs, root = fsspec.url_to_fs(path)
+    names = {entry.rpartition("/")[2] for entry in fs.ls(root, detail=False)}
+    assert names == {
+        "generator.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+        "recipe.yaml",
+        "COMMITTED",
+    }
+
+
+def test_a_step_saved_anew_replaces_the_old_one_only_when_it_is_whole(folder: str) -> None:
+    store = CheckpointStore(folder, keep=1)
+    first = store.save(make_checkpoint(100))
+    second = store.save(make_checkpoint(100))
+    third = store.save(make_checkpoint(100))
+    assert first != second != third
+    assert store.list() == (third,)
+    assert_same(store.load(third), make_checkpoint(100))
+
+
+def test_leftovers_of_a_killed_save_do_not_count_and_are_swept(folder: str) -> None:
+    store = CheckpointStore(folder, keep=3)
+    whole = store.save(make_checkpoint(10))
+    fs, root = fsspec.url_to_fs(folder)
+    for left in ("step-000020", ".step-000030.partial"):
+        fs.makedirs(f"{root}/checkpoints/{left}", exist_ok=True)
+        fs.pipe_file(f"{root}/checkpoints/{left}/generator.safetensors", b"half")
+    fs.pipe_file(f"{root}/checkpoints/notes.txt", b"a user's own")
+    assert store.list() == (whole,)
+    with pytest.raises(CheckpointError, match=r"step-000020 is not a whole checkpoint.*step-000010"):
+        store.load(f"{folder}/checkpoints/step-000020")
+    store.save(make_checkpoint(40))
+    names = {entry.rstrip("/").rpartition("/")[2] for entry in fs.ls(f"{root}/checkpoints", detail=False)}
+    assert names == {"step-000010", "step-000040", "notes.txt"}
+
+
+def test_a_damaged_or_missing_file_is_named_with_the_checkpoint_to_use_instead(folder: str) -> None:
+    store = CheckpointStore(folder, keep=3)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        find_checkpoint(folder)
+    store.save(make_checkpoint(1))
+    newest = store.save(make_checkpoint(2))
+    fs, root = fsspec.url_to_fs(newest)
+    file = f"{root}/generator.safetensors"
+    content = fs.cat_file(file)
+    flipped = bytes([content[-1] ^ 1])
+    for damaged in (content[:-1] + flipped, content[:100], b""):
+        fs.pipe_file(file, damaged)
+        with pytest.raises(CheckpointError, match=r"generator.safetensors is damaged.*previous.*step-000001") as caught:
+            store.load(newest)
+        assert "\n" not in str(caught.value)
+    fs.rm_file(file)
+    with pytest.raises(CheckpointError, match=r"generator.safetensors is missing.*step-000001"):
+        store.load(newest)
+    fs.pipe_file(f"{root}/COMMITTED", b"{")
+    with pytest.raises(CheckpointError, match="COMMITTED is damaged"):
+        store.load(newest)
+    assert_same(store.load(store.list()[0]), make_checkpoint(1))
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="step 5 cannot be written"):
+        CheckpointStore(str(tmp_path / "file"), keep=1).save(make_checkpoint(5))
+    with pytest.raises(RunFolderError, match="nosuch://x: Protocol not known"):
+        CheckpointStore("nosuch://x", keep=1)
+
+
+# A nursery process imports torch once and forks savers, so that hundreds of kills take seconds.
+_NURSERY = textwrap.dedent(
+    """
+    import os, random, signal, sys, time
+    from hyperscale.checkpoint.store import Checkpoint, CheckpointStore
+    import torch
+
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    folder, mode = sys.argv[1:]
+    store = CheckpointStore(folder, keep=1)
+
+    def checkpoint(step):
+        weights = {"w": torch.full((64, 1024), float(step))}
+        return Checkpoint(step, {"generator": weights, "optimizer": weights}, {"at": step}, {}, {"name": "x"})
+
+    def fork(work):
+        pid = os.fork()
+        if pid == 0:
+            work()
+            os._exit(0)
+        return pid
+
+    def check(least):
+        path = store.latest()
+        loaded = store.load(path)
+        assert loaded.step >= least, (loaded.step, least)
+        assert torch.equal(loaded.tensors["generator"]["w"], checkpoint(loaded.step).tensors["generator"]["w"])
+        assert loaded.state == {"at": loaded.step}
+        return loaded.step
+
+    store.save(checkpoint(1))
+    step = kills = 1
+    if mode == "every-operation":
+        # The saver kills itself at its n-th file operation, for every n until a save gets through.
+        watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "shutil.rmtree")
+        survived = False
+        while not survived:
+            def work(n=kills):
+                seen = 0
+                def hook(event, args):
+                    nonlocal seen
+                    if event in watched:
+                        seen += 1
+                        if seen == n:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                sys.addaudithook(hook)
+                store.save(checkpoint(step + 1))
+            _, status = os.waitpid(fork(work), 0)
+            survived = os.WIFEXITED(status)
+            assert survived or os.WTERMSIG(status) == signal.SIGKILL
+            now = check(least=step)
+            step, kills = now, kills + 1
+    else:
+        for kills in range(1, 31):
+            read, write = os.pipe()
+            def work():
+                for number in range(step + 1, step + 1000):
+                    store.save(checkpoint(number))
+                    os.write(write, b"%d\\n" % number)
+            pid = fork(work)
+            os.close(write)
+            time.sleep(random.uniform(0.01, 0.12))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            with os.fdopen(read) as stream:
+                told = [int(line) for line in stream.read().split()]
+            step = check(least=told[-1] if told else step)
+    store.sweep()
+    assert sorted(os.listdir(folder + "/checkpoints")) == [os.path.basename(store.latest())]
+    print(kills, step)
+    """
+)
+
+
+@pytest.mark.parametrize("mode", ["every-operation", "any-moment"])
+def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(mode: str, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _NURSERY, str(tmp_path), mode], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    kills, step = map(int, ran.stdout.split())
+    assert kills >= 20
+    assert step >= 2
+
+
+def make_manifest() -> dict[str, object]:
+    sites = [
+        {
+            "name": f"layers.{layer}.q_proj",
+            "stack": "decoder",
+            "layer": layer,
+            "position": 0,
+            "kind": "lora",
+            "in_features": 64,
+            "out_features": 64,
+        }
+        for layer in range(6)
+    ]
+    return build_manifest(
+        site_map=sites,
+        generator={"kind": "hypernetwork", "trunk": {"width": 64}},
+        tasks=["sst2", "cola"],
+        backbone={"name": "smollm2", "digest": "a" * 64},
+        versions={"torch": "2.13"},
+    )
+
+
+def test_manifest_differences_are_told_in_words() -> None:
+    stored = make_manifest()
+    assert json.loads(json.dumps(stored)) == stored
+    same = make_manifest() | {"versions": {"torch": "3.0"}, "backbone": {"name": "/moved", "digest": "a" * 64}}
+    check_manifest(stored, same)
+
+    def complaint(**changes: object) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            check_manifest(stored, make_manifest() | changes)
+        assert "recipe.yaml" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    sites = stored["site_map"]
+    narrower = [site | {"out_features": 32} for site in sites]
+    assert "site 0 (layers.0.q_proj): out_features was 64, is 32" in complaint(site_map=narrower)
+    assert "and 3 more differences" in complaint(site_map=narrower)
+    assert "had 6 sites, has 5; site 5 (layers.5.q_proj: lora 64 -> 64) is gone" in complaint(site_map=sites[:5])
+    other = [sites[0] | {"name": "layers.0.v_proj"}, *sites[1:]]
+    assert "site 0 was layers.0.q_proj: lora 64 -> 64, is layers.0.v_proj" in complaint(site_map=other)
+    assert "not trained for the tasks mrpc" in complaint(tasks=["sst2", "cola", "mrpc"])
+    assert "order sst2, cola, are cola, sst2" in complaint(tasks=["cola", "sst2"])
+    assert "generator.trunk: width was 64, is 8" in complaint(generator={"kind": "hypernetwork", "trunk": {"width": 8}})
+    assert "the backbone was smollm2 (sha256 aaaaaaaaaaaa…)" in complaint(backbone={"name": "t5", "digest": "b" * 64})
+
+
+def test_one_run_at_a_time_and_none_over_an_earlier_one(folder: str) -> None:
+    with claim(folder, resume=False) as claimed:
+        with pytest.raises(RunFolderError, match=r"busy: this very process.*output="):
+            claim(folder, resume=True)
+        CheckpointStore(claimed.path, keep=1).save(make_checkpoint(7))
+    with pytest.raises(RunFolderError, match=r"earlier run.*step-000007.*--resume.*output="):
+        claim(folder, resume=False)
+    # The refusal did not keep the folder busy.
+    again = claim(folder, resume=True)
+    again.release()
+    again.release()
+    claim(folder, resume=True).release()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from hyperscale.checkpoint.run_folder import claim\n"
+        "claim(sys.argv[1], resume=False); print('claimed', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(RunFolderError, match=f"busy: process {other.pid} .*Stop it first"):
+            claim(str(tmp_path), resume=True)
+        os.kill(other.pid, signal.SIGKILL)
+        # Not reaped yet: a zombie does not write any more.
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        claim(str(tmp_path), resume=False).release()
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_lock_of_another_host_is_respected_and_a_torn_one_is_not(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    lock.write_text('{"host": "elsewhere", "pid": 1, "started": "9", "since": "yesterday"}')
+    with pytest.raises(RunFolderError, match=r"process 1 on elsewhere.*since yesterday.*delete .*run.lock"):
+        claim(str(tmp_path), resume=False)
+    lock.write_text('{"host": "elsewh')
+    claim(str(tmp_path), resume=False).release()
+    assert lock.read_text() == ""
+
+
+def test_unusable_places_are_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("text")
+    # Root ignores permission bits, but not these.
+    for place, words in ((file, "is a file"), (file / "run", "cannot be written"), (Path("/proc/run"), "cannot be")):
+        with pytest.raises(RunFolderError, match=words) as caught:
+            claim(str(place), resume=False)
+        assert "\n" not in str(caught.value)
+        assert "output=" in str(caught.value)
+    assert file.read_text() == "text"
+    assert sorted(tmp_path.iterdir()) == [file]

@@ -1,0 +1,189 @@
+"""The command line itself: help, exit codes, where overrides may stand, what each small command prints."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from hyperscale.config.loading import load_recipe
+from hyperscale.data.tasks import list_tasks
+from tests.command import run
+
+ROOT = Path(__file__).resolve().parent.parent
+VERBS = ("train", "submit", "evaluate", "predict", "export", "tasks", "validate", "schema", "doctor", "track")
+
+
+def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    whole = run(capsys, "--help")
+    assert whole.code == 0
+    assert tuple(re.findall(r"^    ([a-z]+) ", whole.out, flags=re.MULTILINE)) == VERBS
+    for verb in VERBS:
+        text = run(capsys, verb, "--help")
+        assert text.code == 0
+        assert text.out.startswith(f"usage: hyperscale {verb}")
+        assert max(map(len, (whole.out + text.out).splitlines())) <= 80
+        (line,) = (line for line in whole.out.splitlines() if line.startswith(f"    {verb} "))
+        sentence = line.split(maxsplit=1)[1]
+        assert f"{sentence[0].upper()}{sentence[1:]}." in text.out  # on one line there, as a sentence here
+    assert "demo" in run(capsys, "train", "--help").out
+
+
+def test_wrong_words_are_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [
+        (["trian", "demo"], "no command 'trian'. Did you mean 'train'?"),
+        (["train", "demo", "--lanucher", "local"], "unknown: --lanucher local. Did you mean '--launcher'?"),
+        (["train", "demo", "--launcher", "slurm"], "invalid choice: 'slurm'"),
+        (["train"], "the following arguments are required: recipe\n"),
+        (["evaluate", "runs/demo", "seed=1"], "unknown: seed=1"),
+        (["validate", "demo", "seed"], "override 'seed' is not of the form dotted.key=value"),
+    ]
+    for arguments, fragment in cases:
+        outcome = run(capsys, *arguments)
+        assert outcome.code == 2
+        assert outcome.out == ""
+        assert fragment in outcome.err
+        assert "Traceback" not in outcome.err
+    bare = run(capsys)
+    assert bare.code == 2
+    assert bare.err == run(capsys, "--help").out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.fullmatch(r"hyperscale \d+\.\d+\.\d+\n", run(capsys, "--version").out)
+
+
+def test_overrides_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(capsys, "validate", "demo", "seed=7", "training.steps=50", "--show")
+    assert first.code == 0
+    assert yaml.safe_load(first.out)["seed"] == 7
+    for arguments in (
+        ("validate", "demo", "--show", "seed=7", "training.steps=50"),
+        ("validate", "--show", "demo", "seed=7", "training.steps=50"),
+        ("validate", "demo", "seed=7", "--show", "training.steps=50"),
+        ("--debug", "validate", "demo", "seed=7", "--show", "training.steps=50"),
+    ):
+        assert run(capsys, *arguments).out == first.out
+
+
+def test_a_shown_recipe_is_the_same_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["adaptation.generator.kind=independent", "training.optimizer.learning_rate=3e-4"]
+    shown = run(capsys, "validate", "demo", "--show", *given)
+    (tmp_path / "mine.yaml").write_text(shown.out)
+    assert load_recipe("mine.yaml") == load_recipe("demo", given)
+    assert run(capsys, "validate", "mine.yaml", "--show").out == shown.out
+
+
+def test_schema_is_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    schema = json.loads(run(capsys, "schema").out)
+    jsonschema.validators.validator_for(schema).check_schema(schema)
+    with pytest.raises(jsonschema.ValidationError, match="stpes"):
+        jsonschema.validate({"training": {"stpes": 1}}, schema)
+
+
+def test_tasks_lists_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    listed = run(capsys, "tasks")
+    assert [line.split()[0] for line in listed.out.splitlines()] == [task.name for task in list_tasks()]
+    assert {line.split()[2] for line in listed.out.splitlines()} == {"asset"}
+    (tmp_path / "mine.yaml").write_text("source: mine.csv\ninput: '{a}'\ntarget: '{b}'\ndescription: Mine.\n")
+    (tmp_path / "recipe.yaml").write_text("name: x\noutput: runs/x\n")  # a recipe beside tasks is none
+    mine = run(capsys, "tasks", "--folder", tmp_path)
+    assert mine.code == 0, mine.err
+    added = set(mine.out.splitlines()) - set(listed.out.splitlines())
+    assert [line.split() for line in added] == [["mine", "exact_match", "file", "Mine."]]
+
+
+def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERSCALE_CACHE", "/nowhere/yet")
+    outcome = run(capsys, "doctor")
+    assert outcome.code == 0, outcome.out
+    for word in ("python", "torch", "deepspeed", "ray", "mlflow", "/nowhere/yet", "nothing is missing"):
+        assert word in outcome.out
+
+
+IMPORT = """
+import time
+start = time.process_time()
+import hyperscale.cli, sys
+print(time.process_time() - start, "torch" in sys.modules)
+"""
+
+
+def test_the_command_line_starts_at_once() -> None:
+    spent = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, has_torch = result.stdout.split()
+        assert has_torch == "False"
+        spent.append(float(seconds))
+    assert min(spent) < 0.5  # of processor time, so that a busy machine does not count
+
+
+def test_ctrl_c_stops_in_one_line_and_the_run_goes_on(
+    tmp_path: Path,
+    tiny_llama_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    programs = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")  # an activated environment
+    rows = [{"word": f"word{number}", "form": f"words{number}"} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text("source: rows.jsonl\ninput: '{word}:'\ntarget: '{form}'\nmax_new_tokens: 4\n")
+    recipe = {
+        "name": "stopped",
+        "output": "run",
+        "backbone": {"name": str(tiny_llama_folder), "dtype": "float32"},
+        "data": {"tasks": ["task.yaml"], "validation_limit": 4},
+        "training": {"steps": 100_000, "batch_size": 2, "micro_batch_size": 2, "checkpoint_every": 2},
+        "engine": {"kind": "local"},
+        "tracking": {"mlflow": {"enabled": False}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    # A background job of a shell ignores Ctrl-C, and so would its children, this suite's among them.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "hyperscale.cli", "train", "recipe.yaml"]
+    command += ["--launcher", "local"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        try:
+            checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+            end = time.monotonic() + 120
+            while not list(checkpoint.parent.glob("step-*")) and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, log = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert log.splitlines()[-1] == "stopped; what is whole stays: continue a run with --resume"
+    assert "Traceback" not in log
+    newest = max(int(path.name.removeprefix("step-")) for path in checkpoint.parent.glob("step-*"))
+    more = ["--launcher", "local", "--resume", f"training.steps={newest + 2}", "training.optimizer.warmup_steps=0"]
+    resumed = run(capsys, "train", "recipe.yaml", *more)
+    assert resumed.code == 0, resumed.err
+    assert f"from step {newest}" in resumed.err
+
+    assert "activate" not in resumed.out
+    page = resumed.out.splitlines()  # what lies where, short enough to read and whole enough to copy
+    assert max(map(len, page)) <= 80
+    assert f"checkpoint  run/checkpoints/step-{newest + 2:06d}" in page
+    assert "  # answer rows of your own, which need word" in page
+    command = next(line for line in page if line.startswith("  hyperscale predict run/bundles/task "))
+    answered = run(capsys, *command.split()[1:])
+    assert answered.out == "40 rows answered in answers.jsonl\n"
+
+    monkeypatch.setenv("PATH", str(tmp_path))  # as after `make demo`
+    again = run(capsys, "train", "recipe.yaml", *more)
+    assert again.code == 0, again.err
+    assert f"  source {programs / 'activate'}" in again.out

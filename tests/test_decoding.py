@@ -1,0 +1,206 @@
+"""Generation against transformers' own, label scoring against whole logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from hyperscale.data.collate import Batch, Layout, PromptBatch, collate, collate_prompts
+from hyperscale.model.adapted import AdaptedModel, label_positions, shift_right, token_losses
+from hyperscale.model.decoding import greedy_decode, row_log_likelihoods
+from hyperscale.model.weights import Weights
+from tests import tiny
+
+PROMPTS = (
+    "Review: The plot is thin, but the actors are wonderful.\nSentiment:",
+    "Write the plural of: city\nAnswer:",
+    "Nobody remembered.",
+    "What is the capital of the country that borders both France and Portugal?",
+)
+ANSWERS = ("positive", "cities", "The door of the old mill was painted blue.", "it")
+SLOTS = torch.tensor([1, 0, 2, 1])
+UNREACHED = torch.tensor([10**6])
+"""No token: rows go on to the end."""
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_folder")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> AdaptedModel:
+    adapters = [{"kind": "lora", "rank": 2, "targets": ["q", "v"]}, {"kind": "bottleneck", "reduction": 8}]
+    adapted = tiny.adapted_model(folder, {"adapters": adapters}, num_tasks=3)
+    tiny.disturb(adapted.generator)
+    return adapted
+
+
+@pytest.fixture(scope="module")
+def weights(model: AdaptedModel) -> Weights:
+    with torch.no_grad():
+        return model.generate(torch.arange(3))
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path, model: AdaptedModel) -> PromptBatch:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sources = [tuple(ids) for ids in tokenizer(list(PROMPTS))["input_ids"]]
+    layout = Layout(tokenizer.pad_token_id, model.architecture.is_encoder_decoder)
+    batch = collate_prompts(sources, SLOTS.tolist(), range(len(sources)), layout)
+    assert not batch.attention_mask.all()
+    return batch
+
+
+@pytest.fixture(scope="module")
+def labelled(folder: Path, model: AdaptedModel) -> Batch:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sources = [tuple(ids) for ids in tokenizer(list(PROMPTS))["input_ids"]]
+    answers = [tuple(ids) for ids in tokenizer(list(ANSWERS), add_special_tokens=False)["input_ids"]]
+    layout = Layout(tokenizer.pad_token_id, model.architecture.is_encoder_decoder)
+    return collate(sources, answers, SLOTS.tolist(), layout)
+
+
+def decode(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
+    with model.adapted(weights, SLOTS):
+        return greedy_decode(model, batch.input_ids, batch.attention_mask, most, stop_ids, anyone=bool)
+
+
+def reference(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
+    """Let transformers generate with the adapters active; without the prompt or the start token."""
+    config = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=stop_ids.tolist(),
+        pad_token_id=int(stop_ids[0]),
+        decoder_start_token_id=model.backbone.config.to_dict().get("decoder_start_token_id"),
+    )
+    with model.adapted(weights, SLOTS), torch.no_grad():
+        tokens = model.backbone.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+        )
+    return tokens[:, 1 if model.architecture.is_encoder_decoder else batch.input_ids.shape[1] :]
+
+
+def test_greedy_decoding_is_transformers_own(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+    free = decode(model, weights, prompts, UNREACHED)
+    assert free.shape == (4, 12)
+    assert len({tuple(row) for row in free.tolist()}) == 4
+    assert torch.equal(free, reference(model, weights, prompts, UNREACHED))
+
+    # Stop tokens that rows reach at different times, or never.
+    stop_ids = torch.stack([free[0, 2], free[1, 5]])
+    stopped = decode(model, weights, prompts, stop_ids)
+    assert torch.equal(stopped, reference(model, weights, prompts, stop_ids))
+    ends = [first_stop(row, stop_ids) for row in stopped]
+    assert len(set(ends)) > 1
+    for row, end in zip(stopped, ends, strict=True):
+        assert (row[end + 1 :] == stop_ids[0]).all()
+
+    # When the last row stops, nobody goes on.
+    everyone = free[:, 3].unique()
+    short = decode(model, weights, prompts, everyone)
+    assert torch.equal(short, reference(model, weights, prompts, everyone))
+    assert short.shape[1] == max(first_stop(row, everyone) for row in free) + 1 <= 4
+
+
+def first_stop(row: Tensor, stop_ids: Tensor) -> int:
+    found = torch.isin(row, stop_ids).nonzero()
+    return int(found[0]) if len(found) else len(row)
+
+
+def test_a_batch_decodes_as_its_rows_do_alone(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+    together = decode(model, weights, prompts, UNREACHED)
+    for row in range(len(SLOTS)):
+        real = prompts.attention_mask[row].bool()
+        ids = prompts.input_ids[row, real].unsqueeze(0)
+        with model.adapted(weights, SLOTS[row : row + 1]):
+            alone = greedy_decode(model, ids, torch.ones_like(ids), 12, UNREACHED, anyone=bool)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_ranks_decode_equally_often(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+    """A rank whose rows are done goes on while another rank's are not, and says so at every step."""
+    free = decode(model, weights, prompts, UNREACHED)
+    stop_ids = free[:, 1].unique()
+    ours = decode(model, weights, prompts, stop_ids)
+    assert ours.shape[1] == 2
+    asked: list[bool] = []
+
+    def another_rank_needs_five(flag: bool) -> bool:
+        asked.append(flag)
+        return flag or len(asked) < 5
+
+    forwards: list[int] = []
+    counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
+    with model.adapted(weights, SLOTS):
+        tokens = greedy_decode(model, prompts.input_ids, prompts.attention_mask, 12, stop_ids, another_rank_needs_five)
+    counting.remove()
+    assert asked == [True, False, False, False, False]
+    assert len(forwards) == tokens.shape[1] == 5
+    assert torch.equal(tokens[:, :2], ours)
+    assert (tokens[:, 2:] == stop_ids[0]).all()
+
+
+def whole_logits(model: AdaptedModel, batch: Batch) -> Tensor:
+    """Return logits at every position [B, L, V], where position l predicts `labels[:, l]`."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if model.architecture.is_encoder_decoder:
+        start = torch.full((len(batch.labels), 1), model.backbone.config.decoder_start_token_id)
+        padded = batch.labels.masked_fill(batch.labels == -100, model.backbone.config.pad_token_id)
+        return model.backbone(**inputs, decoder_input_ids=torch.cat([start, padded[:, :-1]], dim=1)).logits
+    return model.backbone(**inputs).logits.roll(1, dims=1)
+
+
+def test_label_logits_are_rows_of_the_whole(model: AdaptedModel, weights: Weights, labelled: Batch):
+    positions, targets, samples = label_positions(labelled.labels, model.architecture.is_encoder_decoder)
+    assert len(positions) == labelled.num_label_tokens == sum(labelled.labels.ne(-100).flatten())
+    assert torch.equal(torch.bincount(samples), labelled.labels.ne(-100).sum(1))
+    with torch.no_grad(), model.adapted(weights, SLOTS):
+        rows = model.label_logits(labelled.input_ids, labelled.attention_mask, labelled.labels, positions)
+        whole = whole_logits(model, labelled)
+        again = whole_logits(model, labelled)
+    expected = whole[labelled.labels != -100]
+    assert rows.shape == expected.shape
+    assert (rows - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert torch.equal(whole, again)  # nothing of the selection is left behind
+    assert torch.equal(targets, labelled.labels[labelled.labels != -100])
+    for smoothing in (0.0, 0.1):
+        log_p = expected.double().log_softmax(-1)
+        plain = -(1 - smoothing) * log_p[range(len(targets)), targets] - smoothing * log_p.mean(-1)
+        losses = token_losses(rows, targets, smoothing)
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses.double(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_row_log_likelihoods(model: AdaptedModel, weights: Weights, labelled: Batch):
+    labels = labelled.labels.clone()
+    labels[3] = -100  # a filler row has no answer
+    with torch.no_grad(), model.adapted(weights, SLOTS):
+        likelihoods = row_log_likelihoods(model, labelled.input_ids, labelled.attention_mask, labels)
+        log_p = whole_logits(model, labelled).double().log_softmax(-1)
+    expected = [
+        sum(log_p[row, place, label].item() for place, label in enumerate(ids) if label != -100)
+        for row, ids in enumerate(labels.tolist())
+    ]
+    torch.testing.assert_close(likelihoods.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
+    assert likelihoods.dtype == torch.float32
+    assert likelihoods[3] == 0
+
+
+def test_positions_of_labels():
+    labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 9]])
+    positions, targets, samples = label_positions(labels, is_encoder_decoder=False)
+    # nothing predicts the token at 0; the token at t is predicted at t - 1
+    assert (positions.tolist(), targets.tolist(), samples.tolist()) == ([1, 2, 6], [7, 8, 9], [0, 0, 1])
+    positions, targets, samples = label_positions(labels, is_encoder_decoder=True)
+    assert (positions.tolist(), targets.tolist(), samples.tolist()) == ([0, 2, 3, 7], [5, 7, 8, 9], [0, 0, 0, 1])
+
+
+def test_decoder_inputs_are_transformers_own(tiny_t5_folder: Path):
+    backbone = tiny.adapted_model(tiny_t5_folder).backbone
+    labels = torch.tensor([[5, 6, 7, 1], [8, 1, -100, -100]])
+    assert torch.equal(shift_right(labels, backbone.config), backbone._shift_right(labels))

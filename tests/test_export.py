@@ -1,0 +1,150 @@
+"""From a run to bundles: what they hold, and what is refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
+from hyperscale.cli import main
+from hyperscale.config.run import Recipe
+from hyperscale.errors import BundleError
+from hyperscale.export.bundle import read_manifest
+from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
+from hyperscale.launch.local import train_in_process
+from tests import tiny
+from tests.runs import TASKS, make_recipe, write_tasks
+
+LORA = {"adapters": [{"kind": "lora", "rank": 4, "alpha": 10, "targets": ["q", "v", "down"]}]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run of LoRA, whose backbone has lost its weights since."""
+    folder = tmp_path_factory.mktemp("run")
+    backbone = tiny.tiny_llama(folder / "backbone")
+    recipe = make_recipe(
+        backbone, write_tasks(folder / "tasks"), folder / "run", adaptation=LORA, export={"enabled": False}
+    )
+    train_in_process(recipe, resume=False)
+    (backbone / "model.safetensors").unlink()
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def trained(run: Recipe) -> TrainedGenerator:
+    return restore_generator(load_checkpoint(find_checkpoint(run.output), only=("generator",)))
+
+
+def test_the_command_line_exports(run: Recipe, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", run.output, "--task", "past"]) == 0
+    bundle = Path(run.output) / "bundles" / "past"
+    assert capsys.readouterr().out == f"past\t{bundle}\n"
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["past"]
+    # What PEFT 0.19 to 0.21, vLLM, SGLang and LoRAX all read: no scale but 1, every layer, nothing but LoRA.
+    config = json.loads((bundle / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"], config["bias"]) == ("LORA", "CAUSAL_LM", "none")
+    assert config["r"] == config["lora_alpha"] == 4
+    assert config["modules_to_save"] is None
+    assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    assert config["base_model_name_or_path"] == run.backbone.name
+    assert not config.keys() & {"use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform"}
+    tensors = load_file(bundle / "adapter_model.safetensors")
+    layers = [f"self_attn.{name}_proj" for name in "qv"] + ["mlp.down_proj"]
+    assert tensors.keys() == {
+        f"base_model.model.model.layers.{layer}.{module}.lora_{letter}.weight"
+        for layer in range(2)
+        for module in layers
+        for letter in "AB"
+    }
+    assert all(tensor.numel() and tensor.abs().max() > 0 for tensor in tensors.values())
+    manifest = read_manifest(bundle)
+    assert (manifest.format, manifest.task.name, manifest.step) == ("peft", "past", 5)
+    assert manifest.files.keys() == {"adapter_config.json", "adapter_model.safetensors", "recipe.yaml"}
+    assert manifest.backbone.name == run.backbone.name
+    assert os.stat(bundle).st_mode & 0o777 == 0o755  # noqa: PTH116 (as a server of another user sees it)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--task", "pasd"], "no task 'pasd'. Did you mean 'past'"),
+        (["--output", "{file}/bundles"], "cannot be written to {file}/bundles: Not a directory; choose another"),
+    ],
+)
+def test_what_the_command_line_refuses(
+    run: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+):
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["export", run.output, *(word.format(file=file) for word in arguments)]) != 0
+    error = capsys.readouterr().err.strip()
+    assert told.format(file=file) in error
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_a_new_bundle_takes_the_place_of_an_old_one_only_when_it_is_whole(
+    trained: TrainedGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    export_bundles(trained, tmp_path, ["past"])
+    (tmp_path / "past" / "of-old.txt").touch()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "past").iterdir()}
+
+    def no_room(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("hyperscale.export.exporter.write_manifest", no_room)
+        with pytest.raises(BundleError, match=r"past cannot be written: No space left on device"):
+            export_bundles(trained, tmp_path, ["past"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "past").iterdir()} == before
+    export_bundles(trained, tmp_path, ["past"])
+    assert before.keys() - {path.name for path in (tmp_path / "past").iterdir()} == {"of-old.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["past"]
+
+
+def test_native_bundles_say_what_peft_cannot(run: Recipe, trained: TrainedGenerator, tmp_path: Path):
+    (native,) = export_bundles(trained, tmp_path / "lora", ["plural"], format="native").values()
+    weights = trained.weights_of(TASKS.index("plural"))
+    stored = load_file(native / "weights.safetensors")
+    assert len(stored) == sum(map(len, weights.values()))
+    for key, tensor in stored.items():
+        group, _, name = key.partition("|")
+        assert tensor.equal(weights[group][name][0])
+
+    adapters = [{"kind": "lora"}, {"kind": "bottleneck", "reduction": 4}]
+    backbone = tiny.tiny_llama(tmp_path / "backbone")
+    mixed = make_recipe(backbone, list(run.data.tasks), tmp_path / "run", adaptation={"adapters": adapters})
+    result = train_in_process(mixed, resume=False)
+    assert {read_manifest(Path(bundle)).format for bundle in result.bundles.values()} == {"native"}
+    both = restore_generator(load_checkpoint(result.checkpoint))
+    with pytest.raises(BundleError, match=r"'peft' cannot express bottleneck adapters.*format=native"):
+        export_bundles(both, tmp_path / "none", format="peft")
+    assert not (tmp_path / "none").exists()
+
+
+def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):
+    (whole,) = export_bundles(trained, tmp_path, ["past"]).values()
+    for number, (name, content, told) in enumerate(
+        [
+            ("adapter_model.safetensors", b"\0", "adapter_model.safetensors is damaged"),
+            ("adapter_config.json", None, "lacks the file adapter_config.json; export it again"),
+            ("hyperscale.json", None, "is no bundle: it has no hyperscale.json"),
+            ("hyperscale.json", b"{", "hyperscale.json is not valid JSON"),
+            ("hyperscale.json", b"[]", "hyperscale.json"),
+            ("hyperscale.json", b'{"version": 7}', "bundle version 7; this hyperscale reads version 1"),
+            ("hyperscale.json", b'{"version": 1, "format": "onnx"}', "format: 'onnx'"),
+        ]
+    ):
+        bundle = Path(shutil.copytree(whole, tmp_path / str(number)))
+        (bundle / name).unlink()
+        if content is not None:
+            (bundle / name).write_bytes(content)
+        with pytest.raises(BundleError) as refused:
+            read_manifest(bundle)
+        assert told in str(refused.value)

@@ -1,0 +1,195 @@
+"""Adapters in the backbone: exactly nothing at the start, one sample's own task each, gone when asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.adaptation import AdapterSettings, BottleneckSettings, LoraSettings
+from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.backbone import set_activation_checkpointing
+from hyperscale.model.weights import Weights, as_leaves, backward, tensors_of
+from tests import tiny
+
+ADAPTERS: dict[str, tuple[AdapterSettings, ...]] = {
+    "lora": (LoraSettings(rank=2),),
+    "bottleneck": (BottleneckSettings(reduction=8),),
+    "both": (BottleneckSettings(reduction=8), LoraSettings(rank=2, alpha=4.0, targets=("q", "v", "o"))),
+}
+every_adapter = pytest.mark.parametrize("adapters", ADAPTERS)
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_folder")
+
+
+def model(folder: Path, adapters: str, generator: str = "hypernetwork", **backbone: object) -> AdaptedModel:
+    return tiny.adapted_model(
+        folder, {"adapters": ADAPTERS[adapters], "generator": {"kind": generator}}, num_tasks=3, **backbone
+    )
+
+
+def inputs(adapted: AdaptedModel, rows: int = 5, length: int = 9) -> dict[str, Tensor]:
+    """Rows of unlike lengths, padded on the right."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 300, (rows, length), generator=random)
+    mask = (torch.arange(length) < torch.arange(length - rows + 1, length + 1).unsqueeze(1)).long()
+    made = {"input_ids": ids, "attention_mask": mask}
+    if adapted.architecture.is_encoder_decoder:
+        made["decoder_input_ids"] = torch.randint(3, 300, (rows, 4), generator=random)
+    return made
+
+
+def logits(adapted: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
+    return adapted.backbone(**batch, use_cache=False).logits
+
+
+def grad_of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+@every_adapter
+@pytest.mark.parametrize("generator", ["hypernetwork", "independent", "shared"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_0_is_exactly_the_untouched_backbone(folder: Path, adapters: str, generator: str, dtype: str):
+    adapted = model(folder, adapters, generator, dtype=dtype)
+    batch = inputs(adapted)
+    untouched = logits(adapted, batch)
+    with adapted.adapted(adapted.generate(torch.tensor([0, 2])), torch.tensor([0, 1, 0, 1, 1])):
+        assert torch.equal(logits(adapted, batch), untouched)
+    tiny.disturb(adapted.generator)
+    with adapted.adapted(adapted.generate(torch.tensor([0, 2])), torch.tensor([0, 1, 0, 1, 1])):
+        assert not torch.equal(logits(adapted, batch), untouched)
+
+
+@every_adapter
+def test_a_mixed_batch_is_each_sample_alone_with_its_task(folder: Path, adapters: str):
+    adapted = model(folder, adapters)
+    tiny.disturb(adapted.generator)
+    batch = inputs(adapted)
+    tasks = torch.tensor([2, 0, 1, 0, 2])
+    with torch.no_grad():
+        with adapted.adapted(adapted.generate(torch.arange(3)), tasks):
+            mixed = logits(adapted, batch)
+        alone = []
+        for row, task in enumerate(tasks):
+            with adapted.adapted(adapted.generate(task.view(1)), torch.zeros(1, dtype=torch.int64)):
+                alone.append(logits(adapted, {name: tensor[row : row + 1] for name, tensor in batch.items()}))
+            with adapted.adapted(adapted.generate((task.view(1) + 1) % 3), torch.zeros(1, dtype=torch.int64)):
+                other = logits(adapted, {name: tensor[row : row + 1] for name, tensor in batch.items()})
+            assert (other - alone[-1]).abs().max() > 1e-2  # the task matters
+    tolerance = 1e-5 * mixed.abs().max()
+    assert (mixed - torch.cat(alone)).abs().max() <= tolerance
+
+
+def test_each_site_gets_its_own_weights(folder: Path):
+    """Every adapted layer, called by itself, is its adapters' composition with that site's weights: LoRA acts first."""
+    adapted = model(folder, "both")
+    tiny.disturb(adapted.generator)
+    kinds = {kind.name: kind for kind in build_kinds(ADAPTERS["both"])}
+    weights, slots = adapted.generate(torch.tensor([1, 0])), torch.tensor([1, 0, 0])
+    places: dict[str, list[tuple[str, dict[str, Tensor]]]] = {}
+    for group, sites in adapted.site_map.groups.items():
+        for index, site in enumerate(sites):
+            own = {name: tensor[slots, index] for name, tensor in weights[group].items()}
+            places.setdefault(site.name, []).append((site.kind, own))
+    shared = 0
+    for name, here in places.items():
+        layer = adapted.backbone.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        x = torch.randn(3, 4, layer.in_features, generator=torch.Generator().manual_seed(0))
+        expected = layer(x)
+        for kind, own in sorted(here, key=lambda place: list(kinds).index(place[0])):
+            expected = kinds[kind].apply(x, expected, own)
+        with adapted.adapted(weights, slots):
+            torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        shared += len(here) == 2
+    assert shared == sum(site.position == "o" for site in adapted.site_map.sites)
+
+
+def test_hooks_are_inert_outside_and_can_be_removed(folder: Path):
+    adapted = model(folder, "both")
+    tiny.disturb(adapted.generator)
+    batch, slots = inputs(adapted), torch.zeros(5, dtype=torch.int64)
+    untouched = logits(adapted, batch)
+    weights = adapted.generate(torch.tensor([1]))
+    with adapted.adapted(weights, slots):
+        first = logits(adapted, batch)
+        with adapted.adapted(adapted.generate(torch.tensor([0])), slots):
+            assert not torch.equal(logits(adapted, batch), first)
+        assert torch.equal(logits(adapted, batch), first)  # an inner `with` gives back the outer one's weights
+    assert torch.equal(logits(adapted, batch), untouched)
+    with pytest.raises(KeyError), adapted.adapted(weights, slots):
+        raise KeyError
+    assert torch.equal(logits(adapted, batch), untouched)
+
+    names = {site.name for site in adapted.site_map.sites}
+    hooked = {name for name, module in adapted.backbone.named_modules() if module._forward_hooks}
+    assert hooked == names
+    adapted.injection.remove()
+    assert not any(module._forward_hooks for module in adapted.backbone.modules())
+    with adapted.adapted(weights, slots):
+        assert torch.equal(logits(adapted, batch), untouched)
+
+
+@every_adapter
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activation_checkpointing_changes_no_gradient(folder: Path, adapters: str, dropout: float):
+    def gradients(checkpointing: bool) -> tuple[Tensor, list[Tensor]]:
+        adapted = model(folder, adapters, dropout=dropout)
+        tiny.disturb(adapted.generator)
+        if checkpointing:
+            set_activation_checkpointing(adapted.backbone)
+        assert adapted.backbone.training is (checkpointing or dropout > 0)
+        batch = inputs(adapted)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        labels = ids.masked_fill(mask == 0, -100)
+        positions, targets, _ = label_positions(labels, adapted.architecture.is_encoder_decoder)
+        torch.manual_seed(0)
+        with adapted.adapted(adapted.generate(torch.arange(3)), torch.tensor([2, 0, 1, 0, 2])):
+            loss = token_losses(adapted.label_logits(ids, mask, labels, positions), targets).sum()
+            loss.backward()
+        return loss.detach(), [grad_of(parameter) for parameter in adapted.generator.parameters()]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert torch.equal(plain[0], recomputed[0])
+    for one, other in zip(plain[1], recomputed[1], strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_micro_batches_meet_in_the_leaves(folder: Path):
+    """Cutting the graph at the generated weights and sending the sum through once is backpropagation."""
+    adapted = model(folder, "both")
+    adapted.backbone.double()
+    adapted.generator.double()
+    adapted.dtype = torch.float64
+    tiny.disturb(adapted.generator)
+    batch = inputs(adapted, rows=6)
+    slots = torch.tensor([2, 0, 1, 0, 2, 1])
+
+    def loss(weights: Weights, rows: slice) -> Tensor:
+        with adapted.adapted(weights, slots[rows]):
+            return logits(adapted, {name: tensor[rows] for name, tensor in batch.items()}).square().sum()
+
+    def gradients(run: Any) -> list[Tensor]:
+        adapted.generator.zero_grad()
+        run()
+        return [grad_of(parameter).clone() for parameter in adapted.generator.parameters()]
+
+    def in_parts() -> None:
+        made = adapted.generate(torch.arange(3))
+        leaves = as_leaves(made)
+        assert all(leaf.is_leaf and leaf.requires_grad for leaf in tensors_of(leaves))
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+            loss(leaves, rows).backward()
+        backward(made, leaves)
+
+    whole = gradients(lambda: loss(adapted.generate(torch.arange(3)), slice(0, 6)).backward())
+    for one, other in zip(whole, gradients(in_parts), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

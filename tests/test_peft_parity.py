@@ -1,0 +1,135 @@
+"""What PEFT makes of an exported bundle is what we trained: the same logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hyperscale.assets.backbones import resolve_packaged
+from hyperscale.config.run import Recipe
+from hyperscale.data.corpus import Corpus
+from hyperscale.engine.base import Engine
+from hyperscale.export.exporter import TrainedGenerator, export_bundles
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.backbone import load_dense, open_backbone
+from hyperscale.model.weights import cast
+from tests import tiny
+from tests.runs import TASKS, corpus_of, engine_of, loader_of, make_recipe, write_tasks
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+TARGETS = {
+    "llama-default": ("llama", ["q", "v"]),
+    "llama-all": ("llama", ["q", "k", "v", "o", "gate", "up", "down"]),
+    "t5-self-attention": ("t5", ["q", "v"]),
+    "t5-cross-attention": ("t5", ["cross_q", "cross_v"]),
+    "t5-all": ("t5", ["q", "v", "cross_q", "cross_v", "wi_0", "wi_1", "wo"]),
+}
+
+
+def trained(path: Path, targets: list[str], tmp_path: Path, **export: str) -> tuple[Recipe, Engine, Corpus]:
+    """Train three steps of LoRA alone, with a scale of 2.5 to be folded into B."""
+    recipe = make_recipe(
+        path,
+        write_tasks(tmp_path / "tasks"),
+        tmp_path / "run",
+        adaptation={"adapters": [{"kind": "lora", "rank": 4, "alpha": 10, "targets": targets}]},
+        training={"steps": 3, "batch_size": 8, "optimizer": {"learning_rate": 0.02, "warmup_steps": 0}},
+        export=export,
+    )
+    engine, corpus = engine_of(recipe), corpus_of(recipe)
+    loader = loader_of(recipe, corpus, 0, 1)
+    for step in range(recipe.training.steps):
+        engine.train_step(loader.next_step(), step)
+    return recipe, engine, corpus
+
+
+def exported(recipe: Recipe, model: AdaptedModel, corpus: Corpus, output: Path) -> dict[str, Path]:
+    backbone = {
+        "name": recipe.backbone.name,
+        "path": recipe.backbone.name,
+        "is_local": True,
+        "digest": open_backbone(recipe.backbone).digest(),
+        "model_type": model.architecture.model_type,
+    }
+    tasks = tuple(loaded.task for loaded in corpus.tasks)
+    return export_bundles(TrainedGenerator(recipe, model.site_map, model.generator, tasks, backbone, 3), output)
+
+
+def load_peft(recipe: Recipe, bundle: Path) -> Any:
+    """Load a bundle as its users do; PEFT must know all its keys and miss none."""
+    base = load_dense(open_backbone(recipe.backbone), recipe.backbone)
+    model = PeftModel.from_pretrained(base, bundle).eval()
+    assert get_peft_model_state_dict(model).keys() == load_file(bundle / "adapter_model.safetensors").keys()
+    return model
+
+
+def questions(model: AdaptedModel) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 200, (3, 11), generator=random)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.architecture.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(3, 200, (3, 5), generator=random)
+    return inputs
+
+
+@torch.no_grad()
+def ours(model: AdaptedModel, task: int, inputs: dict[str, Tensor], stored: torch.dtype = torch.float32) -> Tensor:
+    """Return our logits of one task, its weights rounded to `stored`."""
+    weights = cast(cast(model.generate(torch.tensor([task])), stored), torch.float32)
+    with model.adapted(weights, torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)):
+        logits: Tensor = model.backbone(**inputs).logits
+    return logits
+
+
+@pytest.mark.parametrize(("family", "targets"), TARGETS.values(), ids=TARGETS.keys())
+def test_same_logits(family: str, targets: list[str], request: pytest.FixtureRequest, tmp_path: Path):
+    recipe, engine, corpus = trained(request.getfixturevalue(f"tiny_{family}_folder"), targets, tmp_path)
+    bundles = exported(recipe, engine.model, corpus, tmp_path / "bundles")
+    assert list(bundles) == list(TASKS)
+    inputs = questions(engine.model)
+    untouched = engine.model.backbone(**inputs).logits
+    seen = []
+    for task, bundle in enumerate(bundles.values()):
+        wanted = ours(engine.model, task, inputs)
+        with torch.no_grad():
+            got = load_peft(recipe, bundle)(**inputs).logits
+        assert (got - wanted).abs().max() <= 1e-6
+        assert (wanted - untouched).abs().max() > 1e-2
+        seen.append(wanted)
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+
+
+def test_a_bundle_in_bf16(tiny_llama_folder: Path, tmp_path: Path):
+    recipe, engine, corpus = trained(tiny_llama_folder, ["q", "v"], tmp_path, dtype="bfloat16")
+    task, inputs = TASKS.index("past"), questions(engine.model)
+    bundle = exported(recipe, engine.model, corpus, tmp_path / "bundles")["past"]
+    assert {tensor.dtype for tensor in load_file(bundle / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    with torch.no_grad():
+        got = load_peft(recipe, bundle)(**inputs).logits
+    assert (got - ours(engine.model, task, inputs, stored=torch.bfloat16)).abs().max() <= 1e-6
+    assert (got - ours(engine.model, task, inputs)).abs().max() > 1e-3
+
+
+def test_the_packaged_backbone(tmp_path: Path):
+    path = resolve_packaged("smollm2-135m-instruct")
+    recipe = make_recipe(
+        path, write_tasks(tmp_path / "tasks"), tmp_path, adaptation={"adapters": [{"kind": "lora", "alpha": 16}]}
+    )
+    engine, corpus = engine_of(recipe), corpus_of(recipe)
+    tiny.disturb(engine.model.generator)
+    bundle = exported(recipe, engine.model, corpus, tmp_path / "bundles")["plural"]
+    inputs = questions(engine.model)
+    wanted = ours(engine.model, TASKS.index("plural"), inputs)
+    with torch.no_grad():
+        untouched = engine.model.backbone(**inputs).logits
+        got = load_peft(recipe, bundle)(**inputs).logits
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (wanted - untouched).abs().max() > 0.1

@@ -1,0 +1,158 @@
+"""The site map: every place of an adapter in a backbone, in order, found from the architecture table."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import hyperscale
+from hyperscale.config.adaptation import BottleneckSettings, LoraSettings
+from hyperscale.errors import ConfigError
+from hyperscale.model.adapters.kinds import AdapterKind
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.architectures import ARCHITECTURES
+from hyperscale.model.sites import SiteMap, find_sites
+
+LLAMA, T5 = ARCHITECTURES["llama"], ARCHITECTURES["t5"]
+
+
+def llama() -> nn.Module:
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=50,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+
+
+def t5(feed_forward: str = "gated-gelu") -> nn.Module:
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 4, "d_ff": 48, "num_heads": 4}
+    with torch.device("meta"):
+        return T5ForConditionalGeneration(
+            T5Config(num_layers=1, num_decoder_layers=2, feed_forward_proj=feed_forward, **sizes)
+        )
+
+
+def kinds(*targets: str, sublayers: Sequence[str] = ()) -> Sequence[AdapterKind]:
+    settings = [LoraSettings(targets=targets)] if targets else []
+    bottleneck = [BottleneckSettings.model_validate({"targets": list(sublayers)})] if sublayers else []
+    return build_kinds([*settings, *bottleneck])
+
+
+def test_llama():
+    found = find_sites(llama(), LLAMA, kinds("q", "v", "down", sublayers=("attention", "feed_forward")))
+    assert [(site.name, site.position, site.kind, site.in_features, site.out_features) for site in found.sites] == [
+        (f"model.layers.{layer}.{name}", position, kind, width_in, width_out)
+        for layer in (0, 1)
+        for name, position, kind, width_in, width_out in (
+            ("self_attn.q_proj", "q", "lora", 32, 32),
+            ("self_attn.v_proj", "v", "lora", 32, 16),  # grouped queries
+            ("mlp.down_proj", "down", "lora", 48, 32),
+            ("self_attn.o_proj", "attention", "bottleneck", 32, 32),
+            ("mlp.down_proj", "feed_forward", "bottleneck", 48, 32),
+        )
+    ]
+    assert [site.layer for site in found.sites] == [0] * 5 + [1] * 5
+    assert found.stacks == ("decoder",)
+    assert found.num_layers("decoder") == 2
+    assert found.positions == ("lora:q", "lora:v", "lora:down", "bottleneck:attention", "bottleneck:feed_forward")
+    assert {group: [site.name for site in sites] for group, sites in found.groups.items()} == {
+        "decoder/lora/32x32": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
+        "decoder/lora/32x16": ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"],
+        "decoder/lora/48x32": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
+        "decoder/bottleneck/32x32": ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"],
+        "decoder/bottleneck/48x32": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
+    }
+
+
+def test_t5():
+    found = find_sites(t5(), T5, kinds("q", "cross_v", "wi_1", sublayers=("attention", "feed_forward")))
+    assert [site.name for site in found.sites] == [
+        "encoder.block.0.layer.0.SelfAttention.q",
+        "encoder.block.0.layer.1.DenseReluDense.wi_1",
+        "encoder.block.0.layer.0.SelfAttention.o",
+        "encoder.block.0.layer.1.DenseReluDense.wo",
+        *(
+            f"decoder.block.{layer}.{name}"
+            for layer in (0, 1)
+            for name in (
+                "layer.0.SelfAttention.q",
+                "layer.1.EncDecAttention.v",
+                "layer.2.DenseReluDense.wi_1",
+                "layer.0.SelfAttention.o",
+                "layer.2.DenseReluDense.wo",
+            )
+        ),
+    ]
+    assert found.stacks == ("encoder", "decoder")
+    assert (found.num_layers("encoder"), found.num_layers("decoder")) == (1, 2)
+    assert {site.group for site in found.sites if site.position == "q"} == {"encoder/lora/32x16", "decoder/lora/32x16"}
+
+
+def test_a_map_survives_json():
+    found = find_sites(t5(), T5, kinds("q", sublayers=("attention",)))
+    again = SiteMap.from_json(json.loads(json.dumps(found.to_json())))
+    assert again == found
+    assert list(again.groups) == list(found.groups)
+
+
+@pytest.mark.parametrize(
+    ("target", "feed_forward", "reason"),
+    [
+        ("qq", "relu", r"known: q, k, v, o, wi, wi_0, wi_1, wo, cross_q, cross_k, cross_v, cross_o"),
+        ("gate", "relu", "known: .*"),
+        ("wi_0", "relu", "this backbone has no such layer"),
+        ("wi", "gated-gelu", "this backbone has no such layer"),
+    ],
+)
+def test_targets_that_are_not_there(target: str, feed_forward: str, reason: str):
+    expected = rf"^adaptation\.adapters: lora target '{target}' cannot be used on a t5 backbone \({reason}\)"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        find_sites(t5(feed_forward), T5, kinds("q", target))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_target_gets_its_name():
+    with pytest.raises(ConfigError, match=r"Did you mean 'cross_q'\?"):
+        find_sites(t5(), T5, kinds("q", "corss_q"))
+
+
+@pytest.mark.parametrize("model", [llama(), t5("relu"), t5("gated-gelu")], ids=["llama", "t5", "t5 gated"])
+def test_the_table_describes_the_models(model: nn.Module):
+    architecture = ARCHITECTURES[model.config.model_type]
+    assert type(model) is getattr(transformers, architecture.model_class)
+    assert architecture.is_encoder_decoder is model.config.is_encoder_decoder
+    for stack in architecture.stacks:
+        for block in model.get_submodule(stack.blocks).children():
+            assert type(block).__name__ == architecture.block_class
+            linear = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+            absent = {"wi", "wi_0", "wi_1"}  # a T5 has one or the other two
+            assert linear <= set(stack.projections.values())
+            assert {name.rpartition(".")[2] for name in set(stack.projections.values()) - linear} <= absent
+            assert set(stack.sublayers.values()) <= linear
+
+
+def test_no_other_file_names_a_layer():
+    package = Path(hyperscale.__file__).parent
+    stacks = [stack for architecture in ARCHITECTURES.values() for stack in architecture.stacks]
+    parts = {part for stack in stacks for path in stack.projections.values() for part in path.split(".")}
+    words = {part for part in parts if len(part) > 5} | {stack.blocks for stack in stacks}
+    assert {"q_proj", "SelfAttention", "model.layers"} <= words
+    named = re.compile("|".join(rf"(?<![\w.]){re.escape(word)}(?!\w)" for word in sorted(words)))
+    offenders = [path.name for path in package.rglob("*.py") if named.search(strip_comments(path.read_text()))]
+    assert offenders == ["architectures.py"]
+
+
+def strip_comments(source: str) -> str:
+    return re.sub(r'"""[\s\S]*?"""|#[^\n]*', "", source)

@@ -1,0 +1,248 @@
+"""Two real ranks of ZeRO-3 do what plain PyTorch does in one process."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hyperscale.config.backbone import BackboneSettings
+from hyperscale.config.run import Recipe
+from hyperscale.engine.base import Engine, StepResult
+from hyperscale.engine.ds_config import read_ds_config
+from hyperscale.engine.zero import ZeroEngine, shard_backbone
+from hyperscale.errors import BackboneError
+from hyperscale.model.backbone import DTYPES, open_backbone
+from hyperscale.train.answers import Answerer, Question
+from tests import tiny
+from tests.ranks import Ranks, started_ranks
+from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    with started_ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def backbone(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_folder")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What five steps and an evaluation left behind on one rank."""
+
+    steps: list[StepResult]
+    generator: Mapping[str, Tensor]
+    answers: list[str]
+    held: list[int]
+    """Backbone elements on this rank after loading, after each step and after the evaluation."""
+    shard: int
+    """Elements of its share alone, padding included."""
+
+
+def train(recipe: Recipe) -> Trained:
+    engine, corpus = engine_of(recipe), corpus_of(recipe)
+    collective = engine.collective
+    loader = loader_of(recipe, corpus, collective.rank, collective.world_size)
+    held, steps = [held_by(engine)], []
+    for step in range(recipe.training.steps):
+        steps.append(engine.train_step(loader.next_step(), step))
+        held.append(held_by(engine))
+    # Untrained, the adapters would hardly change an answer; the same disturbance everywhere makes them matter.
+    generator = {name: tensor.detach().clone() for name, tensor in engine.model.generator.state_dict().items()}
+    tiny.disturb(engine.model.generator)
+    tokenizers = [loaded.tokenizer for loaded in corpus.tasks]
+    answerer = Answerer(engine.model, collective, CPU, tokenizers, corpus.layout, 3, lambda *_: None)
+    questions = [
+        Question(index, encoded, example.candidates)
+        for index, loaded in enumerate(corpus.tasks)
+        for example, encoded in zip(loaded.validation.examples, loaded.validation.encoded, strict=True)
+    ]
+    with engine.evaluating():
+        answers = answerer(questions)
+    held.append(held_by(engine))
+    whole = [int(getattr(one, "ds_numel", one.numel())) for one in engine.model.backbone.parameters()]
+    return Trained(steps, generator, answers, held, sum(-(-size // collective.world_size) for size in whole))
+
+
+def held_by(engine: Engine) -> int:
+    return engine.held_elements() if isinstance(engine, ZeroEngine) else 0
+
+
+ACCUMULATED = {"training": {"micro_batch_size": 2}}  # two micro-batches on each of two ranks
+AT_ONCE = {"training": {"micro_batch_size": 4}}
+CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{family}{name}": (family, changes)
+    for family in ("llama", "t5")
+    for name, changes in {
+        "": AT_ONCE,
+        "-accumulated": ACCUMULATED,
+        "-checkpointed": AT_ONCE | CHECKPOINTED,
+        "-accumulated-checkpointed": ACCUMULATED | CHECKPOINTED,
+        "-resident": AT_ONCE | {"engine": {"resident": "all"}},
+    }.items()
+} | {
+    "t5-independent-samples": (
+        "t5",
+        {
+            "adaptation": {"generator": {"kind": "independent"}},
+            "training": {"loss": "sample_mean", "label_smoothing": 0.1, "micro_batch_size": 2},
+        },
+    ),
+    "llama-shared-samples": (
+        "llama",
+        {
+            "adaptation": {"generator": {"kind": "shared"}},
+            "training": {"loss": "sample_mean", "micro_batch_size": 2},
+        },
+    ),
+}
+
+
+def recipes(
+    backbone: Path, tasks: list[str], output: Path, changes: Mapping[str, Mapping[str, Any]]
+) -> tuple[Recipe, Recipe]:
+    """Return the recipe of two sharded ranks and that of the reference."""
+    base = make_recipe(backbone, tasks, output).model_dump(mode="json")
+    changed = {name: base[name] | dict(fields) for name, fields in changes.items()}
+    ranks = {"cluster": base["cluster"] | {"workers": 2}}
+    zero = changed.get("engine", base["engine"]) | {"kind": "zero"}
+    local = zero | {"kind": "local"}
+    return (
+        Recipe.model_validate(base | changed | ranks | {"engine": zero}),
+        Recipe.model_validate(base | changed | {"engine": local}),
+    )
+
+
+@pytest.mark.parametrize(("backbone", "changes"), CASES.values(), ids=CASES.keys(), indirect=["backbone"])
+def test_five_steps(two_ranks: Ranks, backbone: Path, tasks: list[str], tmp_path: Path, changes: dict[str, Any]):
+    sharded, alone = recipes(backbone, tasks, tmp_path, changes)
+    first, second = two_ranks.run(train, sharded)
+    assert_same_training(first, second, train(alone))
+    if sharded.engine.resident == "none":
+        assert set(first.held) == set(second.held) == {first.shard}
+    else:
+        # Besides its share the whole, from the second step on: in the first DeepSpeed learns the order of the blocks.
+        assert (first.held[0], set(first.held[2:])) == (first.shard, {3 * first.shard})
+
+
+def assert_same_training(first: Trained, second: Trained, reference: Trained) -> None:
+    for got, wanted in zip(first.steps, reference.steps, strict=True):
+        assert got.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert dict(got.task_losses) == pytest.approx(dict(wanted.task_losses), rel=1e-5)
+        assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
+        assert (got.tokens, got.samples) == (wanted.tokens, wanted.samples)
+        assert got.learning_rate == wanted.learning_rate
+    assert len({step.loss for step in first.steps}) == len(first.steps)
+    assert first.steps == second.steps
+    for name, wanted in reference.generator.items():
+        assert (first.generator[name] - wanted).abs().max() <= 1e-4, name
+        assert torch.equal(first.generator[name], second.generator[name]), name
+    assert first.answers == second.answers == reference.answers
+    assert len(set(first.answers)) > 2
+
+
+@pytest.mark.parametrize("backbone", ["llama"], indirect=True)
+def test_unsharded_ranks(two_ranks: Ranks, backbone: Path, tasks: list[str], tmp_path: Path):
+    _, alone = recipes(backbone, tasks, tmp_path, {})
+    pair = alone.model_copy(update={"cluster": alone.cluster.model_copy(update={"workers": 2})})
+    assert_same_training(*two_ranks.run(train, pair), train(alone))
+
+
+def gathered(path: Path, dtype: str) -> dict[str, Tensor]:
+    """Shard a backbone and return each parameter, gathered, under all its names."""
+    recipe = make_recipe(path, ["none"], path, backbone={"name": str(path), "dtype": dtype}, cluster={"workers": 2})
+    backbone, _ = shard_backbone(open_backbone(recipe.backbone), recipe, CPU, 2)
+    found = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        one: Any = parameter
+        one.all_gather([one])
+        found[name] = one.detach().clone()
+        one.partition([one])
+    return found
+
+
+def test_sharded_weights_are_the_stored_ones(
+    two_ranks: Ranks, tiny_llama_folder: Path, tiny_t5_folder: Path, tmp_path: Path
+):
+    parts = tmp_path / "parts"
+    open_backbone_model(tiny_t5_folder, "float32").save_pretrained(parts, max_shard_size="30KB")
+    assert len(list(parts.glob("*.safetensors"))) > 2
+    cases = [
+        (tiny_llama_folder, "float32"),
+        (tiny_llama_folder, "bfloat16"),
+        (tiny.tiny_llama(tmp_path / "untied", tie_word_embeddings=False), "float32"),
+        (tiny_t5_folder, "bfloat16"),
+        (tiny.tiny_t5(tmp_path / "tied", tie_word_embeddings=True, feed_forward_proj="relu"), "float32"),
+        (parts, "float32"),
+    ]
+    for path, dtype in cases:
+        wanted = dict(open_backbone_model(path, dtype).named_parameters(remove_duplicate=False))
+        for found in two_ranks.run(gathered, path, dtype):
+            assert found.keys() == wanted.keys()
+            for name, tensor in wanted.items():
+                assert found[name].dtype == DTYPES[dtype]
+                assert torch.equal(found[name], tensor), (path, name)
+
+
+def open_backbone_model(path: Path, dtype: str) -> Any:
+    folder = open_backbone(BackboneSettings(name=str(path)))
+    return folder.model_class.from_pretrained(path, dtype=DTYPES[dtype])
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BackboneError) as refused:
+        gathered(path, "float32")
+    return str(refused.value)
+
+
+def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_path: Path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(tiny_llama_folder / "model.safetensors")
+    for folder, change, told in (
+        ("missing", {}, "no file of .* holds the tensor"),
+        ("misshapen", {name: weights[name][:, :-1].contiguous()}, r"has shape \[64, 31\], .* makes it \[64, 32\]"),
+    ):
+        path = Path(shutil.copytree(tiny_llama_folder, tmp_path / folder))
+        others = {key: tensor for key, tensor in weights.items() if key != name}
+        save_file(others | change, path / "model.safetensors", metadata={"format": "pt"})
+        for message in two_ranks.run(refusal, path):
+            assert name in message
+            assert re.search(told, message), message
+
+
+@pytest.mark.parametrize(
+    ("backbone", "preset", "changes"),
+    [
+        ("llama", "zero3_offload", {}),
+        ("t5", "zero3_offload", {}),
+        # Once: DeepSpeed makes these groups once in a process.
+        ("t5", "zero3_hpz", {"zero_hpz_partition_size": 2}),
+    ],
+    indirect=["backbone"],
+)
+def test_presets(
+    two_ranks: Ranks, backbone: Path, tasks: list[str], tmp_path: Path, preset: str, changes: dict[str, Any]
+):
+    raw = read_ds_config(preset)
+    raw["zero_optimization"] |= changes
+    path = tmp_path / f"{preset}.json"
+    path.write_text(json.dumps(raw))
+    sharded, alone = recipes(backbone, tasks, tmp_path, {"engine": {"ds_config": str(path)}})
+    assert_same_training(*two_ranks.run(train, sharded), train(alone))

@@ -1,0 +1,218 @@
+"""Tiny backbones with random weights and real tokenizers, made in a folder as `save_pretrained` would leave them.
+
+And what the worker makes of them: an adapted model.
+"""
+
+import io
+import json
+import string
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+
+import sentencepiece
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hyperscale.config.adaptation import AdaptationSettings
+from hyperscale.config.backbone import BackboneSettings
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.backbone import load_dense, open_backbone
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.injection import Injection
+from hyperscale.model.sites import find_sites
+
+_SENTENCES = (
+    "The plot is thin, but the actors are wonderful and the music stays with you.",
+    "I returned this camera after two days: the battery was dead and the screen was scratched.",
+    "Heavy rain is expected in the north today, with strong winds along the coast.",
+    "Shares of the company fell by 12.5% on Monday after its results disappointed investors.",
+    "thank you so much for the lovely flowers!!! you made my day :)",
+    "What is the capital of the country that borders both France and Portugal?",
+    "Please book a table for four people at an Italian restaurant tomorrow at 7 pm.",
+    "It was neither the best film of the year nor the worst; it was simply long.",
+    "Scientists have found water beneath the surface of one of the planet's small moons.",
+    "Congratulations, you have won a free ticket! Call 0800 123 456 now to claim your prize.",
+    "My new headphones sound great, although the cable could have been a little longer.",
+    "Nobody in the village remembered who had painted the door of the old mill blue.",
+)
+_WORDS = ("walk", "carry", "sing", "city", "box", "child", "run", "bring", "colour", "favourite", "organise", "centre")
+_QUESTIONS = (
+    ("Review: {}\nSentiment:", ("positive", "negative")),
+    ("Write the past tense of: {}\nAnswer:", ("walked", "carried", "sang")),
+    ("Write the plural of: {}\nAnswer:", ("cities", "boxes", "children")),
+)
+TEXTS = (
+    *_SENTENCES,
+    *(
+        f"{question.format(subject)} {answer}"
+        for question, answers in _QUESTIONS
+        for subject, answer in product((*_SENTENCES[:4], *_WORDS), answers)
+    ),
+)
+"""What the tokenizers are trained on: sentences, and questions as the packaged tasks put them."""
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def tiny_llama(folder: Path, **changes: object) -> Path:
+    """Save a LLaMA of two layers, grouped queries and tied embeddings, with a byte-level BPE tokenizer.
+
+    Args:
+        folder: where to; made if need be.
+        changes: fields of `LlamaConfig` that differ.
+
+    Returns:
+        `folder`. Its logits are of order 1.
+    """
+    tokenizer = _byte_level_bpe()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | changes
+    )
+    return _save(LlamaForCausalLM, config, folder)
+
+
+def tiny_t5(folder: Path, **changes: object) -> Path:
+    """Save a T5 v1.1 (gated feed-forward, untied head) of two and two layers, with a SentencePiece tokenizer.
+
+    Args:
+        folder: where to; made if need be.
+        changes: fields of `T5Config` that differ.
+
+    Returns:
+        `folder`. Its logits are of order 1.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(_sentencepiece_model())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
+    config = T5Config(
+        **{
+            "vocab_size": len(AutoTokenizer.from_pretrained(folder)),
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        }
+        | changes
+    )
+    return _save(T5ForConditionalGeneration, config, folder)
+
+
+def _save(model_class: type[PreTrainedModel], config: LlamaConfig | T5Config, folder: Path) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config)
+        for name, parameter in model.named_parameters():
+            if "EncDecAttention.q" in name or "EncDecAttention.o" in name:
+                parameter.data.mul_(4)  # at random the decoder would see only the mean of its source, which is nothing
+        if isinstance(config, T5Config) and not config.scale_decoder_outputs:
+            # T5 v1.1 has a head of its own, which transformers 5 makes only when it reads one. Its std stands in for
+            # the 1 / sqrt(d_model) that v1.1 no longer applies: logits of 20 would hide every difference in a softmax.
+            head = torch.randn(config.vocab_size, config.d_model) * config.d_model**-0.5
+            model.lm_head.weight = nn.Parameter(head)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _byte_level_bpe() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _sentencepiece_model() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in TEXTS for line in text.splitlines()),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=240,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def adapted_model(
+    folder: Path, adaptation: Mapping[str, object] | None = None, num_tasks: int = 3, **backbone: object
+) -> AdaptedModel:
+    """Load a backbone in fp32 and give it a generator: what the worker builds, without an engine.
+
+    Args:
+        adaptation: fields of `AdaptationSettings`.
+        backbone: fields of `BackboneSettings` besides `name`.
+    """
+    settings = AdaptationSettings.model_validate(adaptation or {})
+    frozen = BackboneSettings.model_validate({"name": str(folder), "dtype": "float32"} | backbone)
+    found = open_backbone(frozen)
+    module = load_dense(found, frozen)
+    kinds = build_kinds(settings.adapters)
+    site_map = find_sites(module, found.architecture, kinds)
+    generator = build_generator(settings, site_map, kinds, num_tasks, seed=0)
+    return AdaptedModel(module, generator, Injection(module, site_map, kinds), site_map, found.architecture)
+
+
+def disturb(generator: nn.Module, std: float = 0.05) -> None:
+    """Move every parameter, as training would: what starts at zero then makes a difference, another for every task."""
+    random = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=random))
