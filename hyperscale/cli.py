@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,7 +135,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("--task", action="append", default=[], help="only this task; may be repeated")
     export.add_argument("--format", choices=("auto", "peft", "native"), help="default: as the recipe says")
 
-    tasks = verb("tasks", _tasks, "list the tasks that a recipe can name")
+    tasks = verb("tasks", _tasks, "list the tasks that a recipe can name, or show one")
+    tasks.add_argument("task", nargs="?", help="a task's name or file: say what it is and show one of its examples")
     tasks.add_argument(
         "--folder", action="append", default=[], help="also look in this folder of task files; may be repeated"
     )
@@ -277,12 +279,17 @@ def _bundles_of(checkpoint: str) -> Path:
 
 
 def _tasks(options: argparse.Namespace) -> int:
-    from hyperscale.data.tasks import list_tasks
+    from hyperscale.data.listing import details, table
+    from hyperscale.data.tasks import list_tasks, load_task
 
-    tasks = list_tasks(options.folder)
-    width = max(len(task.name) for task in tasks)
-    for task in tasks:
-        print(f"{task.name:<{width}}  {task.metrics[0]:<11}  {task.source.kind:<5}  {task.description}".rstrip())
+    if options.task is not None:
+        lines = details(load_task(options.task, options.folder))
+    else:
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        lines = table(list_tasks(options.folder), columns)
+    with _quiet("hyperscale.data"):
+        for line in lines:
+            print(line)
     return 0
 
 

@@ -92,16 +92,49 @@ def test_schema_is_a_schema(capsys: pytest.CaptureFixture[str]) -> None:
         jsonschema.validate({"training": {"stpes": 1}}, schema)
 
 
-def test_tasks_lists_all(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    listed = run(capsys, "tasks")
-    assert [line.split()[0] for line in listed.out.splitlines()] == [task.name for task in list_tasks()]
-    assert {line.split()[2] for line in listed.out.splitlines()} == {"asset"}
+def test_tasks_lists_all(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERSCALE_TASK_DATA", raising=False)
+    lines, _, notes = run(capsys, "tasks").out.partition("\n\n")
+    listed = {line.split()[0]: re.split(r"  +", line) for line in lines.splitlines()}
+    assert list(listed) == [task.name for task in list_tasks()]
+    assert listed["tweets"][:4] == ["tweets", "classification", "accuracy", "packaged"]
+    assert listed["glue_stsb"][:4] == ["glue_stsb", "number", "pearson, spearman", "hub"]
+    assert listed["mit_movie"][:4] == ["mit_movie", "tagging", "span_f1", "unset"]
+    assert [note.partition(":")[0] for note in notes.splitlines()] == ["hub", "unset"]
+
+    (tmp_path / "stsb").mkdir()
+    monkeypatch.setenv("HYPERSCALE_TASK_DATA", str(tmp_path))
+    (tmp_path / "mine.csv").touch()
     (tmp_path / "mine.yaml").write_text("source: mine.csv\ninput: '{a}'\ntarget: '{b}'\ndescription: Mine.\n")
     (tmp_path / "recipe.yaml").write_text("name: x\noutput: runs/x\n")  # a recipe beside tasks is none
     mine = run(capsys, "tasks", "--folder", tmp_path)
     assert mine.code == 0, mine.err
-    added = set(mine.out.splitlines()) - set(listed.out.splitlines())
-    assert [line.split() for line in added] == [["mine", "exact_match", "file", "Mine."]]
+    found = {line.split()[0]: re.split(r"  +", line) for line in mine.out.partition("\n\n")[0].splitlines()}
+    assert found["mine"] == ["mine", "text", "exact_match", "file", "Mine."]
+    assert found["glue_stsb"][3] == "folder"
+    assert found["mit_movie"][3] == "missing"
+
+
+def test_tasks_shows_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"tokens": ["to", f"town{number}"], "tags": ["O", "B-city"]} for number in range(20)]
+    (tmp_path / "snips").mkdir()
+    (tmp_path / "snips" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("HYPERSCALE_TASK_DATA", str(tmp_path))
+    shown = run(capsys, "tasks", "snips")
+    assert shown.code == 0, shown.err
+    assert shown.err == ""
+    assert f"rows from          {tmp_path / 'snips'}\n" in shown.out
+    assert "rows               train 18, validation 2\n" in shown.out
+    assert "prompt, encoder-decoder\n  <extra_id_0> to <extra_id_1> town" in shown.out
+    assert "answer\n  <extra_id_0> O <extra_id_1> city <extra_id_2>\n" in shown.out
+    assert re.search(r"prompt, decoder-only\n  to town(\d+)\n  Tags:\nanswer\n  to O\n  town\1 city\n", shown.out)
+
+    monkeypatch.delenv("HYPERSCALE_TASK_DATA")
+    unset = run(capsys, "tasks", "snips")
+    assert unset.code == 1
+    assert "kind               tagging\n" in unset.out
+    assert unset.errors[0].endswith("is not set; set it to the folder that holds these rows")
+    assert "Did you mean 'snips'?" in run(capsys, "tasks", "snisp").errors[0]
 
 
 def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,8 @@ def test_jsonl_csv_and_parquet(
     write_recipe(tmp_path, request.getfixturevalue(f"tiny_{family}_folder"), [f"{name}.yaml" for name in names])
 
     listed = run(capsys, "tasks", "--folder", tmp_path)
-    assert [line.split()[0] for line in listed.out.splitlines() if " file " in line] == sorted(names)
+    files = [line.split()[0] for line in listed.out.splitlines() if " file " in line]
+    assert [name for name in files if name in names] == sorted(names)
     valid = run(capsys, "validate", tmp_path / "recipe.yaml")
     assert valid.code == 0, valid.err
     assert valid.out.startswith("lines         36 training rows       4 validation rows\n")

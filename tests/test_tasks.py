@@ -1,11 +1,13 @@
 """Task files: what may be left out, what is refused, and how a task is found."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hyperscale.data import templates
-from hyperscale.data.tasks import AssetSource, FileSource, HubSource, Task, list_tasks, load_task
+from hyperscale.data.origins import AssetSource, FileSource, HubSource
+from hyperscale.data.tasks import Task, list_tasks, load_task
 from hyperscale.errors import DataError
 
 TREC = """
@@ -65,6 +67,37 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert later.source.train == "${ROWS}/a.jsonl"
 
 
+def test_a_hub_source_may_lie_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("ROWS", raising=False)
+    text = 'input: "{q}"\ntarget: "{a}"\nsource: {kind: hub, path: owner/set, folder: "${ROWS}/set"}'
+    path = str(write(tmp_path, "one", text))
+
+    def folder() -> Path | None:
+        source = load_task(path).source
+        assert isinstance(source, HubSource)
+        return source.local_folder
+
+    assert folder() is None
+    monkeypatch.setenv("ROWS", str(tmp_path / "rows"))
+    assert folder() is None
+    (tmp_path / "rows" / "set").mkdir(parents=True)
+    assert folder() == tmp_path / "rows" / "set"
+    monkeypatch.setenv("ROWS", "rows")  # as everywhere in a task file, relative to it
+    assert folder() == tmp_path / "rows" / "set"
+
+
+def test_tagging_is_a_line(tmp_path: Path):
+    task = load_task(str(write(tmp_path, "slots", "source: a.jsonl\ntagging: {tokens: words, tags: slots}")))
+    assert (task.kind, task.input, task.target, task.metrics) == ("tagging", "{words}", "{slots}", ("span_f1",))
+    for is_encoder_decoder, expected in ((True, "sentinels"), (False, "lines")):
+        written = task.written_for(is_encoder_decoder)
+        assert written.tagging is not None
+        assert written.tagging.format == expected
+        assert written.written_for(not is_encoder_decoder) == written
+        assert Task.model_validate(written.model_dump(mode="json")) == written
+    assert load_task("plural").written_for(True) == load_task("plural")
+
+
 def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
     found = problems(
         tmp_path,
@@ -101,6 +134,14 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
         ('source: a\ninput: "{q}"\nlabel_column: y\nmetrics: [f1]', "metric f1 needs positive_label"),
         ('source: a\ninput: "{q}"\nlabels: {0: a, 1: b}\npositive_label: c', "positive_label 'c' is not one of"),
         ('source: a\ninput: "{q}"\ntarget: "{a}"\nsystem: Be brief.', "system is only used with chat: true"),
+        ("source: a\ntagging: {}\nlabels: {0: a, 1: b}", "tagging and labels exclude each other"),
+        ('source: a\ntagging: {}\ntarget: "{tags}."', "target of tagging is the tags alone, '{tags}'; leave it out"),
+        ('source: a\ntagging: {tokens: words}\ninput: "{tokens}"', "input must hold the words, '{words}'"),
+        (
+            "source: a\ntagging: {format: line}",
+            "tagging.format: 'line' is not allowed: must be one of sentinels, lines",
+        ),
+        ('source: a\ninput: "{q}"\nlabels: {0: a, 1: b}\nround_to: 0.2', "round_to is for answers that are numbers"),
         ('source: a\ninput: "{q}"\ntarget: "{a}"\nmetrics: []', "metrics: needs at least 1 entry, has 0"),
         ("- a list", "a task is a mapping of keys to values, not list"),
     ],
@@ -133,7 +174,8 @@ def test_tasks_are_found_by_path_by_file_and_by_name(tmp_path: Path):
 def test_packaged_tasks_are_listed_and_hidden_by_files_of_the_same_name(tmp_path: Path):
     packaged = {task.name: task for task in list_tasks()}
     assert {"tweets", "movies", "products", "news", "past_tense", "plural"} <= packaged.keys()
-    assert all(task.description and isinstance(task.source, AssetSource) for task in packaged.values())
+    assert [name for name, task in packaged.items() if not re.search(r"[.?)]$", task.description)] == []
+    assert all(load_task(name) == task for name, task in packaged.items())
     write(tmp_path, "movies", TREC)
     ours = {task.name: task for task in list_tasks([tmp_path])}
     assert ours.keys() == packaged.keys()

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import Layout
-from hyperscale.data.sources import TaskData, load_task_data
+from hyperscale.data.sources import TaskData, load_task_data, without_training_texts
 from hyperscale.data.tasks import Task, load_task
 from hyperscale.data.tokenization import EncodedSplit, TaskTokenizer
 from hyperscale.errors import DataError
@@ -56,17 +56,32 @@ def load_corpus(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_e
         DataError: an unknown task, two tasks of one name, two that must not be in one run, or rows that are wrong;
             located by file and line.
     """
-    tasks = [load_task(name, settings.task_folders) for name in settings.tasks]
+    tasks = [load_task(name, settings.task_folders).written_for(is_encoder_decoder) for name in settings.tasks]
     _refuse_equal_names(tasks)
     _refuse_forbidden_pairs(tasks)
+    read = _without_shared_texts(
+        [load_task_data(task, settings.train_limit, settings.validation_limit) for task in tasks]
+    )
     layout = Layout(pad_token_id(tokenizer), is_encoder_decoder)
-    return Corpus(tuple(_load(task, settings, tokenizer, is_encoder_decoder) for task in tasks), layout)
+    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder) for data in read), layout)
 
 
-def _load(
-    task: Task, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool
+def _without_shared_texts(read: Sequence[TaskData]) -> list[TaskData]:
+    """Leave out training rows of tasks with `shares_texts_with` whose texts the named tasks of the run score."""
+    scored = {
+        data.task.name: {example.content for split in ("validation", "test") for example in data.splits.get(split, ())}
+        for data in read
+    }
+    nothing: set[bytes] = set()
+    return [
+        without_training_texts(data, nothing.union(*(scored.get(name, ()) for name in data.task.shares_texts_with)))
+        for data in read
+    ]
+
+
+def _encode(
+    data: TaskData, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool
 ) -> LoadedTask:
-    data = load_task_data(task, settings.train_limit, settings.validation_limit)
     task_tokenizer = TaskTokenizer(tokenizer, data.task, is_encoder_decoder)
     return LoadedTask(
         data.task,

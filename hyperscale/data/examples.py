@@ -1,14 +1,20 @@
 """A row becomes an example: templates filled in, the label's value replaced by its word."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import Any, TypeVar
 
 from hyperscale.data import templates
 from hyperscale.data.rows import Row
+from hyperscale.data.tagging import WRITINGS, Tagging, Writing, read_tags, read_words
 from hyperscale.data.tasks import Task
 from hyperscale.data.templates import Template
 from hyperscale.errors import DataError, nearest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +24,9 @@ class Example:
     source: str
     target: str
     candidates: tuple[str, ...]
+    content: bytes = field(default=b"", compare=False)
+    """Digest of the texts in the prompt's columns, letters and digits alone and in any order: equal where two tasks
+    ask about the same texts, however each puts it."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +44,40 @@ class Renderer:
         Raises:
             DataError: a column is missing or holds no text.
         """
-        return self.input.render(self._texts(row, self.input, "input"))
+        return self.input.render(self._prompt_texts(row))
+
+    def read_answer(self, row: Row, answer: str) -> str:
+        """Return what a generated answer says of a row: of sequence labelling the BIO tags of its words."""
+        if self.task.tagging is None:
+            return answer.strip()
+        return " ".join(self._writing.tags(answer, self._words(row)))
 
     def example(self, row: Row) -> Example:
         """Return prompt and answer of a row.
 
         Raises:
-            DataError: a column is missing or holds no text, the label is unknown, the answer is empty.
+            DataError: a column is missing or holds no text, the label is unknown, the answer is empty or no number,
+                words and tags do not fit.
         """
-        if self.task.label_column is None:
-            target = self.target.render(self._texts(row, self.target, "target"))
-        else:
-            target = self._answer(self._word(row))
+        target = self._target(row)
         if not target.strip():
             raise DataError(f"{row.where}: the answer of task '{self.task.name}' is empty")
-        return Example(self.prompt(row), target, self.candidates)
+        texts = self._prompt_texts(row)
+        return Example(self.input.render(texts), target, self.candidates, _content(texts.values()))
+
+    def _target(self, row: Row) -> str:
+        if self.task.tagging is not None:
+            words = self._words(row)
+            return self._writing.answer(
+                self._read(row, self._tagging.tags, "target", lambda tags: read_tags(tags, words))
+            )
+        if self.task.label_column is not None:
+            return self._answer(self._word(row))
+        texts = self._texts(row, self.target, "target")
+        if self.task.round_to is not None:
+            step = Decimal(str(self.task.round_to))
+            texts = {column: _rounded(text, step, row, column) for column, text in texts.items()}
+        return self.target.render(texts)
 
     def _word(self, row: Row) -> str:
         column, labels = str(self.task.label_column), self.task.labels or {}
@@ -61,13 +89,40 @@ class Renderer:
     def _answer(self, word: str) -> str:
         return self.target.render(dict.fromkeys(self.target.columns, word))
 
+    def _prompt_texts(self, row: Row) -> dict[str, str]:
+        if self.task.tagging is None:
+            return self._texts(row, self.input, "input")
+        columns = [column for column in self.input.columns if column != self._tagging.tokens]
+        others = {column: self._read(row, column, "input", templates.text_of) for column in columns}
+        return {self._tagging.tokens: self._writing.prompt(self._words(row)), **others}
+
+    def _words(self, row: Row) -> tuple[str, ...]:
+        return self._read(row, self._tagging.tokens, "input", read_words)
+
     def _texts(self, row: Row, template: Template, which: str) -> dict[str, str]:
-        origin = f"the {which} of task '{self.task.name}'"
-        return {column: _text(row, column, origin) for column in template.columns}
+        return {column: self._read(row, column, which, templates.text_of) for column in template.columns}
+
+    def _read(self, row: Row, column: str, which: str, reader: Callable[[Any], T]) -> T:
+        return _read(row, column, f"the {which} of task '{self.task.name}'", reader)
+
+    @property
+    def _tagging(self) -> Tagging:
+        assert self.task.tagging is not None, "asked of sequence labelling alone"
+        return self.task.tagging
+
+    @property
+    def _writing(self) -> Writing:
+        if self._tagging.format is None:
+            raise ValueError("tagging has no format yet: use task.written_for")
+        return WRITINGS[self._tagging.format]
 
 
 def renderer(task: Task) -> Renderer:
-    """Prepare a task's templates; a classification must have its `labels`, as `TaskData.task` has."""
+    """Prepare a task's templates.
+
+    A classification must have its `labels`, as `TaskData.task` has, and sequence labelling its format, as
+    `Task.written_for` gives it.
+    """
     target = templates.parse(task.target)
     words = dict.fromkeys(task.labels.values()) if task.labels and task.label_column else {}
     candidates = tuple(target.render(dict.fromkeys(target.columns, word)) for word in words)
@@ -76,18 +131,30 @@ def renderer(task: Task) -> Renderer:
 
 def label_value(row: Row, column: str, task: str) -> str:
     """Return a row's label as the text that `labels` is looked up with; 1.0 and 1 are the same label."""
-    text = _text(row, column, f"the label of task '{task}'")
+    text = _read(row, column, f"the label of task '{task}'", templates.text_of)
     value = row.values[column]
     return str(int(value)) if isinstance(value, float) and value.is_integer() else text
 
 
-def _text(row: Row, column: str, origin: str) -> str:
+def _read(row: Row, column: str, origin: str, reader: Callable[[Any], T]) -> T:
     if column not in row.values:
         raise DataError(_missing_column(row.values, column, f"{row.where}: {origin}"))
     try:
-        return templates.text_of(row.values[column])
+        return reader(row.values[column])
     except ValueError as error:
         raise DataError(f"{row.where}: column '{column}', used by {origin}, {error}") from error
+
+
+def _rounded(text: str, step: Decimal, row: Row, column: str) -> str:
+    try:
+        return str((Decimal(text) / step).quantize(Decimal(1)) * step)
+    except InvalidOperation as error:
+        raise DataError(f"{row.where}: column '{column}' holds '{text}', which is no number to round") from error
+
+
+def _content(texts: Iterable[str]) -> bytes:
+    letters = sorted(re.sub(r"[\W_]+", "", text.casefold()) for text in texts)
+    return hashlib.blake2b("\n".join(letters).encode(), digest_size=12).digest()
 
 
 def _missing_column(values: Mapping[str, Any], column: str, start: str) -> str:

@@ -1,45 +1,43 @@
-"""Rows of Hugging Face data sets, label numbers already replaced by their names."""
+"""Rows of Hugging Face data sets, in our columns, numbers of named classes replaced by their names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
 
+from hyperscale.data.origins import SPLITS, HubSource, Split, unset_variable
 from hyperscale.data.rows import Row
-from hyperscale.data.tasks import SPLITS, HubSource, Split
 from hyperscale.errors import DataError, nearest
-from hyperscale.logger import get_logger
-
-_logger = get_logger(__name__)
 
 
-def open_hub(source: HubSource, label_column: str | None, name_labels: bool) -> Mapping[Split, Sequence[Row]]:
-    """Load the splits of a data set.
+def open_hub(source: HubSource, named: Collection[str]) -> Mapping[Split, Sequence[Row]]:
+    """Load the splits of a data set, its columns renamed as the source says.
 
-    With `name_labels` the numbers of a `ClassLabel` column become its names. A split whose labels are all -1 (the
-    hidden test sets of GLUE) is left out.
+    In the columns `named` (ours) the numbers of a `ClassLabel`, or of a list of them, become their names.
 
     Raises:
-        DataError: the data set cannot be found or reached, or a named split does not exist.
+        DataError: the data set cannot be found or reached, or a named split or column does not exist.
     """
     where = printable(source)
     try:
         found = datasets.load_dataset(source.path, source.name, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{where}: cannot be loaded: {reason}") from error
+        raise DataError(f"{where}: cannot be loaded: {reason}{_remedy(source)}") from error
     wanted = source.splits or {split: split for split in SPLITS if split in found}
     for split in wanted.values():
         if split not in found:
             raise DataError(f"{where}: no split '{split}'.{nearest(split, found)} There are: {', '.join(found)}")
-    opened: dict[Split, list[Row]] = {}
-    for ours, theirs in wanted.items():
-        split, origin = found[theirs], f"{where}[{theirs}]"
-        if label_column in split.column_names and len(split) and set(split[label_column]) == {-1}:
-            _logger.info("%s has no labels and is left out", origin)
-        else:
-            opened[ours] = _rows(split, label_column if name_labels else None, origin)
-    return opened
+    columns = source.columns or {}
+    return {ours: _rows(found[theirs], columns, named, f"{where}[{theirs}]") for ours, theirs in wanted.items()}
+
+
+def _remedy(source: HubSource) -> str:
+    if source.folder is None:
+        return ""
+    name = unset_variable(source.folder)
+    missing = f"the variable {name} is not set" if name else "there is no such folder"
+    return f". Its rows may also lie in {source.folder} ({missing})"
 
 
 def printable(source: HubSource) -> str:
@@ -48,13 +46,32 @@ def printable(source: HubSource) -> str:
     return f"hub:{source.path}{name}" + (f"@{source.revision}" if source.revision else "")
 
 
-def _rows(split: Any, label_column: str | None, where: str) -> list[Row]:
-    feature = split.features.get(label_column)
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else ()
-    return [Row(_named(values, label_column, names), f"{where}:row {number}") for number, values in enumerate(split, 1)]
+def _rows(split: Any, columns: Mapping[str, str], named: Collection[str], where: str) -> list[Row]:
+    for theirs in columns.values():
+        if theirs not in split.column_names:
+            there = ", ".join(split.column_names)
+            raise DataError(f"{where}: no column '{theirs}'.{nearest(theirs, split.column_names)} There are: {there}")
+    ours = {theirs: ours for ours, theirs in columns.items()}
+    names = {
+        column: found
+        for column in named
+        if (found := _class_names(split.features.get(columns.get(column, column)))) is not None
+    }
+    rows = []
+    for number, values in enumerate(split, 1):
+        renamed = {ours.get(column, column): value for column, value in values.items()}
+        for column, found in names.items():
+            renamed[column] = _named(renamed[column], found)
+        rows.append(Row(renamed, f"{where}:row {number}"))
+    return rows
 
 
-def _named(values: dict[str, Any], column: str | None, names: Sequence[str]) -> dict[str, Any]:
-    if column is None or values.get(column) not in range(len(names)):
-        return values
-    return {**values, column: names[values[column]]}
+def _class_names(feature: Any) -> Sequence[str] | None:
+    inner = getattr(feature, "feature", feature)
+    return inner.names if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if value in range(len(names)) else value

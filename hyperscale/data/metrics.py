@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import stats
 from seqeval.metrics import f1_score as span_f1_score
+from seqeval.scheme import IOB2
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperscale.data import templates
 from hyperscale.data.examples import Example
+from hyperscale.data.tagging import WRITINGS
 from hyperscale.data.tasks import MetricName, Task
 from hyperscale.errors import DataError
 
@@ -37,7 +39,15 @@ def compute(
 
 
 def score(task: Task, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return the task's metrics in percent, the main one first."""
+    """Return the task's metrics in percent, the main one first.
+
+    Answers of sequence labelling are read as BIO tags, one for each word of their reference.
+    """
+    if task.tagging is not None and task.tagging.format is not None:
+        writing = WRITINGS[task.tagging.format]
+        expected = [writing.reference(text) for text in references]
+        answered = [writing.tags(text, sentence.words) for text, sentence in zip(predictions, expected, strict=True)]
+        predictions, references = [" ".join(tags) for tags in answered], [" ".join(one.tags) for one in expected]
     answer = templates.parse(task.target)
     word = task.positive_label
     positive = answer.render(dict.fromkeys(answer.columns, word)).strip() if word is not None else None
@@ -45,7 +55,12 @@ def score(task: Task, predictions: Sequence[str], references: Sequence[str]) -> 
 
 
 def majority_score(task: Task, train: Sequence[Example], evaluation: Sequence[Example]) -> dict[str, float]:
-    """Return what always giving the most common training answer scores; of equally common ones the first in order."""
+    """Return what always giving the most common training answer scores; of equally common ones the first in order.
+
+    Of sequence labelling it is what leaving every word outside scores: `O` is its most common answer.
+    """
+    if task.tagging is not None:
+        return score(task, [""] * len(evaluation), [example.target for example in evaluation])
     counts = Counter(example.target for example in train)
     answer = min(counts, key=lambda target: (-counts[target], target))
     return score(task, [answer] * len(evaluation), [example.target for example in evaluation])
@@ -95,10 +110,10 @@ def _number(text: str) -> float:
 
 
 def _span_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Micro F1 over spans, as seqeval counts them: an answer is one tag for each tag of its reference."""
+    """Micro F1 over spans in the strict sense of BIO: an answer is one tag for each tag of its reference."""
     expected = [text.split() for text in references]
     predicted = [_tags(text, len(tags)) for text, tags in zip(predictions, expected, strict=True)]
-    return float(span_f1_score(expected, predicted, zero_division=0))
+    return float(span_f1_score(expected, predicted, mode="strict", scheme=IOB2, zero_division=0))
 
 
 def _tags(text: str, count: int) -> list[str]:

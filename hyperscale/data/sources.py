@@ -2,16 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyperscale.assets.datasets import open_dataset
+from hyperscale.data import templates
 from hyperscale.data.examples import Example, label_value, renderer
 from hyperscale.data.hub import open_hub, printable
+from hyperscale.data.origins import SPLITS, AssetSource, FileSource, HubSource, Split, unset_variable
 from hyperscale.data.rows import READERS, Row, read_rows
 from hyperscale.data.splits import carve_validation, limit, without_texts_of
-from hyperscale.data.tasks import SPLITS, AssetSource, FileSource, HubSource, Split, Task
+from hyperscale.data.tasks import Task
 from hyperscale.errors import DataError
 from hyperscale.logger import get_logger
 
@@ -57,6 +59,23 @@ def load_task_data(task: Task, train_limit: int | None = None, validation_limit:
     return TaskData(task, source, _digest(splits), splits)
 
 
+def without_training_texts(data: TaskData, taken: Collection[bytes]) -> TaskData:
+    """Return the task without the training rows that ask about texts of which `taken` holds the digests.
+
+    Raises:
+        DataError: no training rows are left.
+    """
+    kept = [example for example in data.splits["train"] if example.content not in taken]
+    left_out = len(data.splits["train"]) - len(kept)
+    if not left_out:
+        return data
+    if not kept:
+        raise DataError(f"task '{data.task.name}': no train rows are left without the texts that other tasks score")
+    _logger.info("task %s: %d train rows left out, another task scores their texts", data.task.name, left_out)
+    splits = {**data.splits, "train": kept}
+    return replace(data, digest=_digest(splits), splits=splits)
+
+
 def _open(task: Task) -> tuple[Mapping[Split, Sequence[Row]], str]:
     match task.source:
         case FileSource() as source:
@@ -64,20 +83,53 @@ def _open(task: Task) -> tuple[Mapping[Split, Sequence[Row]], str]:
         case AssetSource(asset=asset, subset=subset):
             stored = open_dataset(asset, subset)
             files, printed = {split: stored[split] for split in SPLITS if split in stored}, f"asset:{asset}/{subset}"
+        case HubSource(local_folder=Path() as folder):
+            files, printed = _files(FileSource(path=str(folder)), task.name), f"file:{folder}"
         case HubSource() as source:
-            return open_hub(source, task.label_column, name_labels=task.labels is None), printable(source)
-    return {split: list(read_rows(path)) for split, path in files.items()}, printed
+            return _labelled(open_hub(source, _named_columns(task)), task), printable(source)
+    rows = {split: list(read_rows(path)) for split, path in files.items()}
+    return _labelled(rows, task) if isinstance(task.source, HubSource) else rows, printed
+
+
+def _named_columns(task: Task) -> tuple[str, ...]:
+    """Return the columns whose numbers stand for names: tags, and labels that the task file does not list."""
+    if task.tagging is not None:
+        return (task.tagging.tags,)
+    return (task.label_column,) if task.label_column is not None and task.labels is None else ()
+
+
+def _labelled(rows: Mapping[Split, Sequence[Row]], task: Task) -> Mapping[Split, Sequence[Row]]:
+    """Leave out what a hub's data set has no label for: single rows of a classification, and hidden splits of any."""
+    column = task.label_column or templates.parse(task.target).columns[0]
+    if "-1" in (task.labels or ()):
+        return rows
+    found: dict[Split, Sequence[Row]] = {}
+    for split, of_split in rows.items():
+        kept = [row for row in of_split if row.values.get(column) not in (-1, "-1")]
+        if not kept and of_split:
+            _logger.info("task %s: the %s split has no labels and is left out", task.name, split)
+        elif task.label_column is None:
+            found[split] = of_split  # numbers may well be -1
+        else:
+            found[split] = kept
+            if len(kept) < len(of_split):
+                _logger.info("task %s: %d %s rows have no label", task.name, len(of_split) - len(kept), split)
+    return found
 
 
 def _files(source: FileSource, task: str) -> dict[Split, Path]:
     given = source.model_dump(include={"path", *SPLITS}, exclude_none=True)
     for path in given.values():
-        if "${" in path:
-            name = path.partition("${")[2].partition("}")[0]
-            raise DataError(f"task '{task}': the environment variable {name}, used in its source {path}, is not set")
+        if name := unset_variable(path):
+            raise DataError(
+                f"task '{task}': the environment variable {name}, used in its source {path}, is not set; "
+                "set it to the folder that holds these rows"
+            )
     if source.path is None:
         return {split: Path(given[split]) for split in SPLITS if split in given}
     folder = Path(source.path)
+    if not folder.suffix and not folder.exists():
+        raise DataError(f"task '{task}': there is no folder {folder}; it would hold train, validation and test files")
     if not folder.is_dir():
         return {"train": folder}
     found = {split: path for split in SPLITS if (path := _split_file(folder, split)) is not None}

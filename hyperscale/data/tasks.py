@@ -1,80 +1,30 @@
 """Declarative tasks: one YAML file says where the rows are, how they become text, and how answers are scored."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.config.yaml_file import read_mapping
 from hyperscale.data import templates
+from hyperscale.data.origins import Source, located
+from hyperscale.data.tagging import Tagging
 from hyperscale.errors import DataError, nearest
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 MetricName = Literal["accuracy", "exact_match", "f1", "macro_f1", "mcc", "pearson", "spearman", "span_f1"]
 _LABEL_METRICS = {"accuracy", "f1", "macro_f1", "mcc"}
+_NUMBER_METRICS = {"pearson", "spearman"}
 _PACKAGED = Path(__file__).parent / "tasks"
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-
-class FileSource(Section):
-    """JSONL, CSV, TSV or Parquet files; paths are relative to the task file, `~` and `${VARIABLE}` are expanded."""
-
-    kind: Literal["file"] = "file"
-    path: str | None = None
-    """A folder with train, validation and test files, or one file of training rows."""
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-
-    @model_validator(mode="after")
-    def _one_way_to_name_the_files(self) -> Self:
-        if self.path is None and self.train is None:
-            raise ValueError("name the rows: path (a folder, or a file of training rows) or train, validation, test")
-        if self.path is not None and (self.train or self.validation or self.test):
-            raise ValueError("path and train, validation, test exclude each other")
-        return self
-
-
-class AssetSource(Section):
-    """A data set that the package fetches by its pinned digest."""
-
-    kind: Literal["asset"] = "asset"
-    asset: str
-    subset: str
-
-
-class HubSource(Section):
-    """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` understands."""
-
-    kind: Literal["hub"] = "hub"
-    path: str
-    name: str | None = None
-    """The configuration, such as `sst2` of `nyu-mll/glue`."""
-    revision: str | None = None
-    splits: dict[Split, str] | None = None
-    """Our split -> its name there; by default those of the same names that exist."""
-
-
-def _with_kind(source: Any) -> Any:
-    """Let short forms stand for `kind: file` and `kind: asset`."""
-    if isinstance(source, str):
-        return {"kind": "file", "path": source}
-    if isinstance(source, dict) and "kind" not in source:
-        return {"kind": "asset" if "asset" in source else "file", **source}
-    return source
-
-
-Source = Annotated[FileSource | AssetSource | HubSource, Field(discriminator="kind"), BeforeValidator(_with_kind)]
 
 
 class Task(Section):
-    """One task. With `label_column` it is a classification whose candidate answers are scored, else free text."""
+    """One task: a classification with `label_column`, whose candidate answers are scored, sequence labelling with
+    `tagging`, else free text.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Default: the file's name. It becomes part of metric names and folders."""
@@ -90,6 +40,11 @@ class Task(Section):
     label_column: str | None = None
     positive_label: str | None = None
     """The word whose F1 `f1` reports; by default the last of `labels`."""
+    tagging: Tagging | None = None
+    """Makes it sequence labelling: in `input` the words' column stands for the written sentence; by default that is
+    all of it."""
+    round_to: float | None = Field(default=None, gt=0)
+    """The answer is a number, written as the nearest multiple of this: 0.2 for STS-B, as T5 does."""
     metrics: tuple[MetricName, ...] = Field(min_length=1)
     """The first is the main one; by default accuracy for a classification, else exact_match."""
     chat: bool = False
@@ -99,6 +54,9 @@ class Task(Section):
     not_with: tuple[str, ...] = ()
     """Names of tasks that must not be in one run with this one, as where one holds the other's validation rows.
     The description says why."""
+    shares_texts_with: tuple[str, ...] = ()
+    """Names of tasks made of some of the same texts. In one run with them, training rows whose texts stand in their
+    validation or test rows are left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +94,10 @@ class Task(Section):
             problems.append(f"positive_label '{self.positive_label}' is not one of the words of labels: {words}")
         if "f1" in self.metrics and self.positive_label is None:
             problems.append("metric f1 needs positive_label, the word whose F1 is meant; or use macro_f1")
+        if self.tagging is not None:
+            problems += _tagging_problems(self)
+        if self.round_to is not None and (self.label_column is not None or self.tagging is not None):
+            problems.append("round_to is for answers that are numbers, not for labels or tagging")
         if self.system is not None and not self.chat:
             problems.append("system is only used with chat: true")
         if len(set(self.metrics)) != len(self.metrics):
@@ -143,6 +105,34 @@ class Task(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def kind(self) -> Literal["classification", "tagging", "number", "text"]:
+        """What its answers are."""
+        if self.label_column is not None:
+            return "classification"
+        if self.tagging is not None:
+            return "tagging"
+        return "number" if self.round_to is not None or self.metrics[0] in _NUMBER_METRICS else "text"
+
+    def written_for(self, is_encoder_decoder: bool) -> Self:
+        """Return the task as it is put to a family of backbones: tagging has a format, any other task is the same."""
+        if self.tagging is None or self.tagging.format is not None:
+            return self
+        tagging = self.tagging.model_copy(update={"format": "sentinels" if is_encoder_decoder else "lines"})
+        return self.model_copy(update={"tagging": tagging})
+
+
+def _tagging_problems(task: Task) -> list[str]:
+    assert task.tagging is not None
+    words, tags, problems = task.tagging.tokens, task.tagging.tags, []
+    if task.label_column is not None:
+        problems.append("tagging and labels exclude each other")
+    elif templates.parse(task.target) != templates.parse(f"{{{tags}}}"):
+        problems.append(f"target of tagging is the tags alone, '{{{tags}}}'; leave it out")
+    if words not in templates.parse(task.input).columns:
+        problems.append(f"input must hold the words, '{{{words}}}'; leave it out for the sentence alone")
+    return problems
 
 
 def _with_defaults(data: dict[Any, Any]) -> dict[Any, Any]:
@@ -154,9 +144,14 @@ def _with_defaults(data: dict[Any, Any]) -> dict[Any, Any]:
     scores_labels = isinstance(metrics, list | tuple) and bool(_LABEL_METRICS.intersection(map(str, metrics)))
     if filled.get("label_column") is None and (labels or scores_labels):
         filled["label_column"] = _only_column(target) or "label"
-    column = filled.get("label_column")
+    column, tagging = filled.get("label_column"), filled.get("tagging")
     if target is None and column is not None:
         filled["target"] = f"{{{column}}}"
+    if isinstance(tagging, dict | Tagging):
+        columns = tagging if isinstance(tagging, dict) else tagging.model_dump()
+        filled["input"] = filled.get("input") or f"{{{columns.get('tokens', 'tokens')}}}"
+        filled["target"] = filled.get("target") or f"{{{columns.get('tags', 'tags')}}}"
+        filled["metrics"] = metrics = metrics or ["span_f1"]
     if metrics is None:
         filled["metrics"] = ["accuracy" if column is not None else "exact_match"]
     if filled.get("positive_label") is None and isinstance(labels, dict) and labels:
@@ -232,16 +227,4 @@ def _read_task(path: Path) -> Task:
         task = Task.model_validate(raw)
     except ValidationError as error:
         raise DataError("\n".join(describe(error, Task, str(path)))) from error
-    if not isinstance(task.source, FileSource):
-        return task
-    folder = path.absolute().parent
-    given = task.source.model_dump(exclude={"kind"}, exclude_none=True)
-    source = FileSource(**{key: _absolute(value, folder) for key, value in given.items()})
-    return task.model_copy(update={"source": source})
-
-
-def _absolute(path: str, folder: Path) -> str:
-    expanded = _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), path)
-    if _VARIABLE.search(expanded):
-        return expanded  # a task can be listed without the variable; opening its rows reports it
-    return os.path.normpath(folder / Path(expanded).expanduser())
+    return task.model_copy(update={"source": located(task.source, path.absolute().parent)})

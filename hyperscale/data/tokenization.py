@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hyperscale.config.data import DataSettings
 from hyperscale.data.examples import Example
+from hyperscale.data.tagging import last_sentinel
 from hyperscale.data.tasks import Task
 from hyperscale.errors import BackboneError, DataError
 from hyperscale.logger import get_logger
@@ -49,7 +50,7 @@ class EncodedSplit:
     examples: tuple[Example, ...]
     encoded: tuple[Encoded, ...]
     dropped: int
-    """Examples left out: no prompt at all, or beyond a limit."""
+    """Examples left out: no prompt at all, beyond a limit, or with more words than there are sentinels."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class TaskTokenizer:
                 encoded.append(Encoded(fitting, target, candidate_ids[example.candidates]))
         dropped = len(examples) - len(kept)
         limits = f"{settings.max_source_tokens} source and {settings.max_target_tokens} target tokens"
+        if self.task.tagging is not None and self.is_encoder_decoder:
+            limits += ", or without a sentinel for every word"
         if dropped and not kept:
             raise DataError(
                 f"task '{self.task.name}': all {dropped} rows of a split are empty or beyond {limits}; "
@@ -132,11 +135,23 @@ class TaskTokenizer:
         return tuple(closed if nested else opened)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return a generated answer as text: up to the first eos, without special tokens and outer spaces."""
+        """Return a generated answer as text: up to the first eos, without special tokens and outer spaces.
+
+        Answers of sequence labelling keep their sentinels, which are special tokens of T5.
+        """
         eos, ids = self._eos(), list(token_ids)
         answer = ids[: ids.index(eos)] if eos in ids else ids
-        text = self.tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        skip = self.task.tagging is None
+        text = self.tokenizer.decode(answer, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         return cast(str, text).strip()
+
+    def lacks_sentinels(self, prompt: str) -> bool:
+        """Whether a sentence of sequence labelling has more words than the vocabulary has sentinels for.
+
+        T5 has 100, and one closes the sentence: 99 words.
+        """
+        last = last_sentinel(prompt) if self.task.tagging is not None else None
+        return last is not None and self.tokenizer.convert_tokens_to_ids(last) in (None, self.tokenizer.unk_token_id)
 
     def _ids(self, texts: Sequence[str], special: bool) -> list[TokenIds]:
         if not texts:
@@ -172,6 +187,13 @@ class TaskTokenizer:
 
     def _fit(self, example: Example, source: TokenIds, target: TokenIds, settings: DataSettings) -> TokenIds | None:
         """Return the prompt's ids within the limits, or None where the example must be left out."""
+        if self.lacks_sentinels(example.source):
+            if settings.too_long == "error":
+                raise DataError(
+                    f"task '{self.task.name}': a sentence has more words than the vocabulary has sentinels for: "
+                    f"'{example.source[:60]}…'; divide it, or let data.too_long be drop"
+                )
+            return None
         if len(source) <= settings.max_source_tokens and len(target) <= settings.max_target_tokens:
             return source or None
         if settings.too_long == "error":
@@ -180,7 +202,8 @@ class TaskTokenizer:
                 f"data.max_source_tokens {settings.max_source_tokens} or data.max_target_tokens "
                 f"{settings.max_target_tokens}: '{example.source[:60]}…'; raise the limits or change data.too_long"
             )
-        if settings.too_long == "truncate_source" and len(target) <= settings.max_target_tokens:
+        may_shorten = settings.too_long == "truncate_source" and self.task.tagging is None  # every word has its tag
+        if may_shorten and len(target) <= settings.max_target_tokens:
             return shorten(source, settings.max_source_tokens)
         return None
 

@@ -14,6 +14,7 @@ from hyperscale.data.rows import Row, read_rows
 from hyperscale.data.tokenization import Encoded, TaskTokenizer, TokenIds, shorten
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.errors import DataError
+from hyperscale.export.bundle import BundleManifest
 from hyperscale.inference.load import LoadedBundles
 from hyperscale.logger import get_logger
 from hyperscale.train.answers import Answerer, Question
@@ -42,7 +43,7 @@ def predict_file(bundles: LoadedBundles, input: Path, output: Path, batch_size: 
 
 
 def answer_rows(bundles: LoadedBundles, rows: Sequence[Row], batch_size: int) -> list[str]:
-    """Return the answer to each row, in order; tasks may be mixed."""
+    """Return the answer to each row, in order; tasks may be mixed. Tags are BIO with spaces between them."""
     is_encoder_decoder = bundles.model.architecture.is_encoder_decoder
     tokenizers = [TaskTokenizer(bundles.tokenizer, manifest.task, is_encoder_decoder) for manifest in bundles.manifests]
     renderers = [renderer(manifest.task) for manifest in bundles.manifests]
@@ -52,13 +53,16 @@ def answer_rows(bundles: LoadedBundles, rows: Sequence[Row], batch_size: int) ->
     questions = []
     for row in rows:
         task = _task_of(row, [manifest.task.name for manifest in bundles.manifests])
-        (source,) = tokenizers[task].encode_prompts([renderers[task].prompt(row)])
-        source = _within_limit(source, row, bundles, task)
+        source = _encode(renderers[task].prompt(row), row, tokenizers[task], bundles.manifests[task])
         questions.append(Question(task, Encoded(source, (), candidate_ids[task]), renderers[task].candidates))
     layout = Layout(pad_token_id(bundles.tokenizer), is_encoder_decoder)
     answerer = Answerer(bundles.model, SingleProcess(), bundles.device, tokenizers, layout, batch_size, _say)
     with torch.no_grad():
-        return [answer.strip() for answer in answerer(questions)]
+        answers = answerer(questions)
+    return [
+        renderers[question.task].read_answer(row, answer)
+        for row, question, answer in zip(rows, questions, answers, strict=True)
+    ]
 
 
 def _say(text: str, done: int, total: int) -> None:
@@ -75,12 +79,14 @@ def _task_of(row: Row, names: Sequence[str]) -> int:
     return names.index(row.values["task"])
 
 
-def _within_limit(source: TokenIds, row: Row, bundles: LoadedBundles, task: int) -> TokenIds:
-    manifest = bundles.manifests[task]
+def _encode(prompt: str, row: Row, tokenizer: TaskTokenizer, manifest: BundleManifest) -> TokenIds:
+    if tokenizer.lacks_sentinels(prompt):
+        raise DataError(f"{row.where}: more words than the backbone has sentinels for (T5: 99); divide the sentence")
+    (source,) = tokenizer.encode_prompts([prompt])
     limit = manifest.max_source_tokens
     if len(source) <= limit:
         return source
-    if manifest.too_long == "truncate_source":
+    if manifest.too_long == "truncate_source" and manifest.task.tagging is None:
         return shorten(source, limit)
     raise DataError(
         f"{row.where}: the prompt has {len(source)} tokens, more than the {limit} that task "
