@@ -116,6 +116,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     evaluate = verb("evaluate", _evaluate, "score a checkpoint's tasks again, in one process")
     evaluate.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    evaluate.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="validation",
+        help="which rows to score; tasks without test rows are left out of test (default: validation)",
+    )
 
     predict = verb("predict", _predict, "answer the rows of a file with exported bundles")
     predict.add_argument(
@@ -227,7 +233,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from hyperscale.launch.evaluate import evaluate_checkpoint
     from hyperscale.launch.outcome import print_scores
 
-    print_scores(evaluate_checkpoint(options.checkpoint))
+    print_scores(evaluate_checkpoint(options.checkpoint, options.split))
     return 0
 
 

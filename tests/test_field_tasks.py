@@ -1,6 +1,8 @@
 """The field's tasks: every file on rows of its exact columns, for both families, and on real rows where they are."""
 
 import json
+import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,14 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from hyperscale.config.data import DataSettings
-from hyperscale.data.corpus import Corpus, load_corpus
-from hyperscale.data.hub import open_hub
+from hyperscale.data.corpus import Corpus, load_corpus, refuse_unlike_rows
+from hyperscale.data.hub import open_hub, printable
 from hyperscale.data.metrics import score
 from hyperscale.data.origins import HubSource
 from hyperscale.data.sources import load_task_data
 from hyperscale.data.tasks import list_tasks, load_task
 from hyperscale.errors import DataError
+from hyperscale.launch.evaluate import evaluate_checkpoint
 from tests.command import run
 from tests.runs import make_recipe
 
@@ -140,6 +143,23 @@ def test_a_mixed_run_is_trained_scored_exported_and_asked(
         assert said[0] in ("yes", "no")
         assert len(said[2].split()) == 4  # a BIO tag for each word, whatever a model with random weights says
 
+    # The test split is scored when it is asked for, where there is one.
+    refused = run(capsys, "evaluate", tmp_path / "llama", "--split", "test")
+    assert refused.errors == [
+        "none of the tasks has test rows: glue_mrpc, glue_stsb, atis; score their validation split"
+    ]
+    write(rows_folder / "mrpc" / "test.jsonl", [ROWS["glue_mrpc"](number) | {"label": 1} for number in range(200, 207)])
+    write(rows_folder / "atis" / "test.jsonl", [tagged(number) for number in range(200, 205)])
+    majority, scored = evaluate_checkpoint(str(tmp_path / "llama"), "test")
+    assert (majority.stage, scored.stage) == ("majority", "test")
+    assert majority.samples == scored.samples == {"glue_mrpc": 7, "atis": 5}
+    assert majority.scores["glue_mrpc"] == {"f1": 0, "accuracy": 0}  # all of them are paraphrases, in training half
+    shown = run(capsys, "evaluate", tmp_path / "llama", "--split", "test")
+    assert shown.code == 0, shown.err
+    numbers = [value for scores in scored.scores.values() for value in scores.values()]
+    assert re.search(rf"mean of 3 +{sum(numbers) / 3:.1f}", shown.out)
+    assert "mean of 5" in run(capsys, "evaluate", tmp_path / "llama").out
+
     write(tmp_path / "long.jsonl", [{"tokens": ["a"] * 100}])
     t5, llama = (tmp_path / family / "bundles" / "atis" for family in ("t5", "llama"))
     refused = run(capsys, "predict", t5, "--input", tmp_path / "long.jsonl", "--output", answers)
@@ -249,6 +269,34 @@ def test_tasks_of_the_same_texts_share_a_run_without_a_leak(rows_folder: Path, t
     with pytest.raises(DataError, match="task 'glue_stsb': no train rows are left without the texts that other tasks"):
         corpus(["glue_mrpc", "glue_stsb"], tiny_llama_folder)
     assert stsb.shares_texts_with == ("glue_mrpc",)
+
+
+def test_workers_that_read_other_rows_are_refused(
+    rows_folder: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    here = corpus(["snips", "trec"], tiny_llama_folder).describe()
+    refuse_unlike_rows([here, here])
+    write(tmp_path / "there" / "snips" / "train.jsonl", [tagged(number) for number in range(50)])
+    shutil.copytree(rows_folder / "trec", tmp_path / "there" / "trec")
+    monkeypatch.setenv("HYPERSCALE_TASK_DATA", str(tmp_path / "there"))
+    there = corpus(["snips", "trec"], tiny_llama_folder).describe()
+    with pytest.raises(DataError, match=r"task 'snips': worker 0 read other rows, from .*/snips, than worker 1, from"):
+        refuse_unlike_rows([here, there])
+
+
+def test_the_page_lists_them_all():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "tasks.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    assert listed.keys() == ROWS.keys()
+    for name, cells in listed.items():
+        folder, columns, hub, metrics = cells.split(" | ")
+        task = load_task(name)
+        assert folder == f"`{folder_of(name)}`"
+        assert set(columns.split(", ")) == ROWS[name](0).keys()
+        assert hub == (
+            f"`{printable(task.source).removeprefix('hub:')}`" if isinstance(task.source, HubSource) else "–"
+        )
+        assert metrics == ", ".join(task.metrics)
 
 
 def test_sst2_is_never_with_movies(rows_folder: Path, tiny_llama_folder: Path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,10 +32,21 @@ class Corpus:
 
     tasks: tuple[LoadedTask, ...]
     layout: Layout
+    settings: DataSettings
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(loaded.task.name for loaded in self.tasks)
+
+    @cached_property
+    def tests(self) -> tuple[EncodedSplit | None, ...]:
+        """The test split of each task, or None where it has none; encoded when it is first asked for."""
+        return tuple(
+            loaded.tokenizer.encode_split(loaded.data.splits["test"], self.settings)
+            if "test" in loaded.data.splits
+            else None
+            for loaded in self.tasks
+        )
 
     def describe(self) -> Mapping[str, Mapping[str, Any]]:
         """Return per task where its rows are from, their digest, and how many are used."""
@@ -63,7 +75,7 @@ def load_corpus(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_e
         [load_task_data(task, settings.train_limit, settings.validation_limit) for task in tasks]
     )
     layout = Layout(pad_token_id(tokenizer), is_encoder_decoder)
-    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder) for data in read), layout)
+    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder) for data in read), layout, settings)
 
 
 def _without_shared_texts(read: Sequence[TaskData]) -> list[TaskData]:
@@ -90,6 +102,25 @@ def _encode(
         train=task_tokenizer.encode_split(data.splits["train"], settings),
         validation=task_tokenizer.encode_split(data.splits["validation"], settings),
     )
+
+
+def refuse_unlike_rows(descriptions: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Check that all workers read the same: what they found depends on their variables, folders and caches.
+
+    Args:
+        descriptions: each rank's `Corpus.describe()`.
+
+    Raises:
+        DataError: the rows of a task differ.
+    """
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        for task, found in first.items():
+            if other[task]["digest"] != found["digest"]:
+                raise DataError(
+                    f"task '{task}': worker 0 read other rows, from {found['source']}, than worker {rank}, from "
+                    f"{other[task]['source']}; give all nodes the same files and environment variables"
+                )
 
 
 def _refuse_equal_names(tasks: Sequence[Task]) -> None:

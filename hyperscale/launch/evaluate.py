@@ -8,13 +8,18 @@ from hyperscale.launch.context import RunIdentity, WorkerContext
 from hyperscale.launch.worker import evaluate_worker
 from hyperscale.tracking.display import ProgressDisplay
 from hyperscale.train.callbacks import EvaluationRecord
+from hyperscale.train.evaluation import VALIDATION
 
 
-def evaluate_checkpoint(path: str) -> list[EvaluationRecord]:
+def evaluate_checkpoint(path: str, split: str = VALIDATION) -> list[EvaluationRecord]:
     """Return the scores of a checkpoint, or of a run folder's newest one, and those of the majority class.
+
+    Args:
+        split: `validation`, or `test` for the tasks that have a test split.
 
     Raises:
         CheckpointError: there is none, or the backbone has changed since.
+        DataError: no task has a test split.
     """
     checkpoint = load_checkpoint(find_checkpoint(path))
     raw: dict[str, Any] = dict(checkpoint.recipe)
@@ -23,5 +28,5 @@ def evaluate_checkpoint(path: str) -> list[EvaluationRecord]:
     recipe = parse_recipe(raw, "the checkpoint's recipe")
     with ProgressDisplay(recipe.tracking.progress) as display:
         return evaluate_worker(
-            recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.new(recipe.name)), checkpoint
+            recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.new(recipe.name)), checkpoint, split
         )

@@ -18,7 +18,7 @@ from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
-from hyperscale.data.corpus import load_corpus
+from hyperscale.data.corpus import load_corpus, refuse_unlike_rows
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
 from hyperscale.engine.local import LocalEngine
@@ -63,12 +63,14 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
     return run.result(time.monotonic() - start, bundles) if session.is_first else None
 
 
-def evaluate_worker(recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint) -> list[EvaluationRecord]:
-    """Score a checkpoint's tasks again, beside the majority class; every worker of the group calls this."""
+def evaluate_worker(
+    recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint, split: str
+) -> list[EvaluationRecord]:
+    """Score a checkpoint's tasks on `validation` or `test`, beside the majority class; every worker calls this."""
     session = _open_session(recipe, context)
     check_manifest(checkpoint.manifest, session.manifest)
     session.engine.load_state(checkpoint.tensors)
-    return [majority_record(session.corpus), session.evaluator()(checkpoint.step)]
+    return [majority_record(session.corpus, split), session.evaluator()(checkpoint.step, split)]
 
 
 def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
@@ -82,6 +84,7 @@ def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
     corpus = load_corpus(recipe.data, tokenizer, folder.architecture.is_encoder_decoder)
     sender.phase(f"loading {recipe.backbone.name} ({recipe.engine.kind} engine, {context.world_size} workers)")
     collective = TorchCollective(device) if context.world_size > 1 else SingleProcess()
+    refuse_unlike_rows(collective.gather(corpus.describe()))
     engine = build_engine(recipe, folder, collective, device, len(corpus.tasks))
     manifest = build_manifest(
         site_map=engine.model.site_map.to_json(),

@@ -53,6 +53,19 @@ def final_table(
     return table
 
 
+def all_scores_table(record: EvaluationRecord) -> Table:
+    """Return every metric of every task, and the mean over all of them: over 11 numbers for the 8 tasks of GLUE."""
+    numbers = [value for scores in record.scores.values() for value in scores.values()]
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("task", footer=f"mean of {len(numbers)}", overflow="fold")
+    table.add_column("metric", style="dim", overflow="fold")
+    table.add_column(record.stage, justify="right", no_wrap=True, footer=score(sum(numbers) / len(numbers)))
+    for task, scores in record.scores.items():
+        for metric, value in scores.items():
+            table.add_row(task, metric, score(value))
+    return table
+
+
 def print_report(summary: RunSummary, console: Console) -> None:
     """Print the last page of a run. Paths and commands are never broken into lines, so that they can be copied."""
     console.print()
