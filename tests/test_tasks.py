@@ -89,6 +89,7 @@ def test_a_hub_source_may_lie_in_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_tagging_is_a_line(tmp_path: Path):
     task = load_task(str(write(tmp_path, "slots", "source: a.jsonl\ntagging: {tokens: words, tags: slots}")))
     assert (task.kind, task.input, task.target, task.metrics) == ("tagging", "{words}", "{slots}", ("span_f1",))
+    assert task.max_new_tokens == 256
     for is_encoder_decoder, expected in ((True, "sentinels"), (False, "lines")):
         written = task.written_for(is_encoder_decoder)
         assert written.tagging is not None

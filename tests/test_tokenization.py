@@ -178,6 +178,17 @@ def test_limits_drop_refuse_or_shorten_but_never_cut_an_answer(
         tokenizer.encode_split([long_target], settings(**limits))
 
 
+def test_answers_that_cannot_be_generated_whole_are_told(
+    gpt: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+):
+    tokenizer = TaskTokenizer(gpt, task(max_new_tokens=3), is_encoder_decoder=False)
+    answers = [example("Review:", "positive " * count) for count in (1, 6)]
+    tokenizer.encode_split([answers[0], REVIEW], settings())
+    assert caplog.text == ""
+    tokenizer.encode_split(answers, settings())
+    assert "task t: 1 of 2 answers have more than max_new_tokens 3, up to" in caplog.text
+
+
 def test_shorten_keeps_both_ends():
     assert shorten((1, 2, 3, 4, 5), 5) == (1, 2, 3, 4, 5)
     assert shorten((1, 2, 3, 4, 5), 3) == (1, 4, 5)

@@ -18,6 +18,8 @@ from hyperscale.errors import DataError, nearest
 MetricName = Literal["accuracy", "exact_match", "f1", "macro_f1", "mcc", "pearson", "spearman", "span_f1"]
 _LABEL_METRICS = {"accuracy", "f1", "macro_f1", "mcc"}
 _NUMBER_METRICS = {"pearson", "spearman"}
+_TAGGING_TOKENS = 256
+"""Room for a tag and its marker for each word of a long sentence."""
 _PACKAGED = Path(__file__).parent / "tasks"
 
 
@@ -51,6 +53,7 @@ class Task(Section):
     """Put the prompt through the tokenizer's chat template."""
     system: str | None = None
     max_new_tokens: int = Field(default=32, ge=1)
+    """Where a generated answer ends at the latest; by default 32, and 256 for tagging."""
     not_with: tuple[str, ...] = ()
     """Names of tasks that must not be in one run with this one, as where one holds the other's validation rows.
     The description says why."""
@@ -152,6 +155,7 @@ def _with_defaults(data: dict[Any, Any]) -> dict[Any, Any]:
         filled["input"] = filled.get("input") or f"{{{columns.get('tokens', 'tokens')}}}"
         filled["target"] = filled.get("target") or f"{{{columns.get('tags', 'tags')}}}"
         filled["metrics"] = metrics = metrics or ["span_f1"]
+        filled.setdefault("max_new_tokens", _TAGGING_TOKENS)
     if metrics is None:
         filled["metrics"] = ["accuracy" if column is not None else "exact_match"]
     if filled.get("positive_label") is None and isinstance(labels, dict) and labels:

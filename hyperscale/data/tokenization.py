@@ -80,6 +80,7 @@ class TaskTokenizer:
             if fitting is not None:
                 kept.append(example)
                 encoded.append(Encoded(fitting, target, candidate_ids[example.candidates]))
+        self._warn_of_answers_that_end_early(encoded)
         dropped = len(examples) - len(kept)
         limits = f"{settings.max_source_tokens} source and {settings.max_target_tokens} target tokens"
         if self.task.tagging is not None and self.is_encoder_decoder:
@@ -184,6 +185,16 @@ class TaskTokenizer:
         if eos is None:
             raise BackboneError(f"the tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token")
         return cast(int, eos)
+
+    def _warn_of_answers_that_end_early(self, encoded: Sequence[Encoded]) -> None:
+        most = self.task.max_new_tokens
+        longer = [example for example in encoded if not example.candidate_ids and len(example.target_ids) - 1 > most]
+        if longer:
+            _logger.warning(
+                "task %s: %d of %d answers have more than max_new_tokens %d, up to %d: they cannot be generated whole",
+                *(self.task.name, len(longer), len(encoded), most),
+                max(len(example.target_ids) - 1 for example in longer),
+            )
 
     def _fit(self, example: Example, source: TokenIds, target: TokenIds, settings: DataSettings) -> TokenIds | None:
         """Return the prompt's ids within the limits, or None where the example must be left out."""
