@@ -61,8 +61,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def shown_scores(page: str, tasks: Sequence[str]) -> dict[str, str]:
-    """Return task -> the score in the column `trained` of a printed table."""
-    lines = page.splitlines()
+    """Return task -> the score in the column `trained` of the first table of a page."""
+    lines = page.partition("\nmean ")[0].splitlines()
     (head,) = (line for line in lines if line.startswith("task") and "trained" in line)
     end = head.index("trained") + len("trained")
     return {line.split()[0]: line[:end].split()[-1] for line in lines if line.split()[:1] and line.split()[0] in tasks}
