@@ -29,6 +29,7 @@ class DataSettings(Section):
     train_limit: int | None = Field(default=None, ge=1)
     """Largest number of training rows of each task; the rows are chosen by hash, not from the file's start."""
     validation_limit: int | None = Field(default=None, ge=1)
+    test_limit: int | None = Field(default=None, ge=1)
     mixed_tasks: bool = True
     """false: every optimizer step holds rows of one task, the same on all ranks, as HyperFormer was trained."""
     bucket_steps: int = Field(default=1, ge=1)

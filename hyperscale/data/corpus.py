@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import Layout
 from hyperscale.data.sources import TaskData, load_task_data
-from hyperscale.data.tasks import Task, load_task
+from hyperscale.data.tasks import Split, Task, load_task
 from hyperscale.data.tokenization import EncodedSplit, TaskTokenizer
 from hyperscale.errors import DataError
 
@@ -23,6 +23,14 @@ class LoadedTask:
     tokenizer: TaskTokenizer
     train: EncodedSplit
     validation: EncodedSplit
+    test: EncodedSplit | None
+    """None unless asked for."""
+
+    def scored(self, split: Split) -> EncodedSplit:
+        """Return a split to be scored; `test` must have been asked for when the corpus was loaded."""
+        encoded = self.test if split == "test" else self.validation
+        assert encoded is not None, f"the test split of {self.task.name} was not loaded"
+        return encoded
 
 
 @dataclass(frozen=True)
@@ -49,24 +57,30 @@ class Corpus:
         }
 
 
-def load_corpus(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> Corpus:
-    """Read and encode all tasks of a recipe.
+def load_corpus(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool, with_test: bool = False
+) -> Corpus:
+    """Read and encode all tasks of a recipe, their test splits only `with_test`.
 
     Raises:
-        DataError: an unknown task, two tasks of one name, two that must not be in one run, or rows that are wrong;
-            located by file and line.
+        DataError: an unknown task, two tasks of one name, two that must not be in one run, a test split that is asked
+            for and missing, or rows that are wrong; located by file and line.
     """
     tasks = [load_task(name, settings.task_folders) for name in settings.tasks]
     _refuse_equal_names(tasks)
     _refuse_forbidden_pairs(tasks)
     layout = Layout(pad_token_id(tokenizer), is_encoder_decoder)
-    return Corpus(tuple(_load(task, settings, tokenizer, is_encoder_decoder) for task in tasks), layout)
+    return Corpus(tuple(_load(task, settings, tokenizer, is_encoder_decoder, with_test) for task in tasks), layout)
 
 
 def _load(
-    task: Task, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool
+    task: Task, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool, with_test: bool
 ) -> LoadedTask:
-    data = load_task_data(task, settings.train_limit, settings.validation_limit)
+    data = load_task_data(task, settings.train_limit, settings.validation_limit, settings.test_limit)
+    if with_test and "test" not in data.splits:
+        raise DataError(
+            f"task '{task.name}' has no test rows ({data.source}); score the validation rows, or add a test split"
+        )
     task_tokenizer = TaskTokenizer(tokenizer, data.task, is_encoder_decoder)
     return LoadedTask(
         data.task,
@@ -74,6 +88,7 @@ def _load(
         task_tokenizer,
         train=task_tokenizer.encode_split(data.splits["train"], settings),
         validation=task_tokenizer.encode_split(data.splits["validation"], settings),
+        test=task_tokenizer.encode_split(data.splits["test"], settings) if with_test else None,
     )
 
 

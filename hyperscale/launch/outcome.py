@@ -44,10 +44,8 @@ def show(result: RunResult) -> None:
 
 
 def print_scores(records: Sequence[EvaluationRecord]) -> None:
-    """Print the score table alone."""
-    trained = _last(records, VALIDATION)
-    assert trained is not None, "an evaluation has validation scores"
-    Console().print(final_table(trained, _last(records, UNTOUCHED), _last(records, MAJORITY)))
+    """Print the score table of the last record, beside the majority class."""
+    Console().print(final_table(records[-1], majority=_last(records, MAJORITY)))
 
 
 def _last(records: Sequence[EvaluationRecord], stage: str) -> EvaluationRecord | None:

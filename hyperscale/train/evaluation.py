@@ -1,11 +1,12 @@
-"""Scores of every task on its validation split."""
+"""Scores of every task on its validation or test split."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hyperscale.data.corpus import Corpus
 from hyperscale.data.metrics import majority_score, score
+from hyperscale.data.tasks import Split
 from hyperscale.engine.base import Engine
 from hyperscale.train.answers import Answerer, Question
 from hyperscale.train.callbacks import EvaluationRecord
@@ -13,11 +14,21 @@ from hyperscale.train.callbacks import EvaluationRecord
 UNTOUCHED = "untouched"
 MAJORITY = "majority"
 VALIDATION = "validation"
+TEST = "test"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one evaluation, and the answers that earned them."""
+
+    record: EvaluationRecord
+    answers: Mapping[str, Sequence[str]]
+    """task -> the answer to each row of the split, in the split's order."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores the validation splits; every rank must call it, and every rank gets the same record."""
+    """Scores all tasks; every rank must call it, and every rank gets the same evaluation."""
 
     engine: Engine
     corpus: Corpus
@@ -26,9 +37,13 @@ class Evaluator:
     say: Callable[[str, int, int], None]
     """Tells a person what is happening, and how much of it is done."""
 
-    def __call__(self, step: int, stage: str = VALIDATION) -> EvaluationRecord:
-        """Score all tasks with their adapters, or the backbone alone where `stage` is `untouched`."""
+    def __call__(self, step: int, stage: str = VALIDATION) -> Evaluation:
+        """Score all tasks with their adapters, or the backbone alone where `stage` is `untouched`.
+
+        `test` scores the test splits, every other stage the validation splits.
+        """
         start = time.monotonic()
+        split = split_of(stage)
         answerer = Answerer(
             self.engine.model,
             self.engine.collective,
@@ -41,26 +56,32 @@ class Evaluator:
         questions = [
             Question(index, encoded, example.candidates)
             for index, loaded in enumerate(self.corpus.tasks)
-            for example, encoded in zip(loaded.validation.examples, loaded.validation.encoded, strict=True)
+            for example, encoded in zip(loaded.scored(split).examples, loaded.scored(split).encoded, strict=True)
         ]
         with self.engine.evaluating():
-            answers = iter(answerer(questions, adapted=stage != UNTOUCHED))
-        scores = {}
+            given = iter(answerer(questions, adapted=stage != UNTOUCHED))
+        answers, scores = {}, {}
         for loaded in self.corpus.tasks:
-            references = [example.target for example in loaded.validation.examples]
-            predictions = [next(answers) for _ in references]
-            scores[loaded.task.name] = score(loaded.task, predictions, references)
-        return EvaluationRecord(step, stage, scores, _samples(self.corpus), time.monotonic() - start)
+            references = [example.target for example in loaded.scored(split).examples]
+            answers[loaded.task.name] = [next(given) for _ in references]
+            scores[loaded.task.name] = score(loaded.task, answers[loaded.task.name], references)
+        samples = _samples(self.corpus, split)
+        return Evaluation(EvaluationRecord(step, stage, scores, samples, time.monotonic() - start), answers)
 
 
-def majority_record(corpus: Corpus) -> EvaluationRecord:
+def split_of(stage: str) -> Split:
+    """Return the split whose rows a stage scores."""
+    return "test" if stage == TEST else "validation"
+
+
+def majority_record(corpus: Corpus, split: Split = "validation") -> EvaluationRecord:
     """Return what always giving the most common training answer of each task would score."""
     scores = {
-        loaded.task.name: majority_score(loaded.task, loaded.train.examples, loaded.validation.examples)
+        loaded.task.name: majority_score(loaded.task, loaded.train.examples, loaded.scored(split).examples)
         for loaded in corpus.tasks
     }
-    return EvaluationRecord(0, MAJORITY, scores, _samples(corpus), 0.0)
+    return EvaluationRecord(0, MAJORITY, scores, _samples(corpus, split), 0.0)
 
 
-def _samples(corpus: Corpus) -> dict[str, int]:
-    return {loaded.task.name: len(loaded.validation.encoded) for loaded in corpus.tasks}
+def _samples(corpus: Corpus, split: Split) -> dict[str, int]:
+    return {loaded.task.name: len(loaded.scored(split).encoded) for loaded in corpus.tasks}
