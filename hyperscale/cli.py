@@ -15,9 +15,12 @@ from hyperscale import __version__
 from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
 from hyperscale.errors import ConfigError, DataError, HyperscaleError, nearest
 from hyperscale.logger import set_up_logging
+from hyperscale.tracking.formats import counted
 
 if TYPE_CHECKING:
     from hyperscale.config.run import Recipe
+    from hyperscale.launch.compare import RunRecipe
+    from hyperscale.launch.context import RunResult
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -115,6 +118,16 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     evaluate = verb("evaluate", _evaluate, "score a checkpoint's tasks again, in one process")
     evaluate.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    evaluate.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="rows to score (default: validation)"
+    )
+
+    compare = verb("compare", _compare, "train methods and seeds with equal budgets, write one table")
+    compare.add_argument("comparison", type=Path, help="a YAML file: recipe, methods, learning rates, seeds")
+    compare.add_argument(
+        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
+    )
+    compare.add_argument("--dry-run", action="store_true", help="check every recipe and count the runs, no more")
 
     predict = verb("predict", _predict, "answer the rows of a file with exported bundles")
     predict.add_argument(
@@ -225,8 +238,43 @@ def _evaluate(options: argparse.Namespace) -> int:
     from hyperscale.launch.evaluate import evaluate_checkpoint
     from hyperscale.launch.outcome import print_scores
 
-    print_scores(evaluate_checkpoint(options.checkpoint))
+    print_scores(evaluate_checkpoint(options.checkpoint, options.split))
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from hyperscale.config.comparison import load_comparison
+    from hyperscale.launch.compare import check_comparison, run_comparison
+    from hyperscale.launch.comparison_table import publish
+
+    comparison = load_comparison(options.comparison)
+    if options.dry_run:
+        runs = check_comparison(comparison)
+        print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
+        return 0
+    print(publish(run_comparison(comparison, _recipe_runner(options.launcher))), end="")
+    return 0
+
+
+def _recipe_runner(launcher: str) -> "RunRecipe":
+    """Return what trains one recipe after another, each going on with what lies in its run folder."""
+    from hyperscale.launch.context import read_result
+
+    if launcher == "local":
+        from hyperscale.launch.local import train_in_process
+
+        return lambda recipe, _file: train_in_process(recipe, resume=True)
+    if launcher == "torchrun":
+        from hyperscale.launch.torchrun import spawn_workers
+
+        def run_torchrun(recipe: "Recipe", file: Path) -> "RunResult":
+            spawn_workers(recipe, ["train", str(file), "--resume"])
+            return read_result(recipe.output)
+
+        return run_torchrun
+    from hyperscale.launch.ray_train import train_on_ray
+
+    return lambda recipe, _file: train_on_ray(recipe, resume=True)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -301,14 +349,10 @@ def _validate(options: argparse.Namespace) -> int:
         print(f"{task:<{width}}  {train:>7,} training rows  {validation:>6,} validation rows")
     share = 100 * found.trained_parameters / found.backbone_parameters
     print(
-        f"valid: {_counted(len(found.rows), 'task')}, {_counted(found.sites, 'site')}; trains "
+        f"valid: {counted(len(found.rows), 'task')}, {counted(found.sites, 'site')}; trains "
         f"{found.trained_parameters:,} parameters ({share:.2f} % of the frozen {found.backbone_parameters:,})"
     )
     return 0
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _schema(_options: argparse.Namespace) -> int:

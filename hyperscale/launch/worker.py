@@ -6,7 +6,7 @@ Engine and trackers are chosen by name and imported when chosen, so that a machi
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.progress import ProgressSender
 from hyperscale.tracking.provenance import package_versions
 from hyperscale.train.callbacks import Callback, EvaluationRecord, RunOutcome
-from hyperscale.train.evaluation import majority_record
+from hyperscale.train.evaluation import majority_record, split_of
 
 _logger = get_logger(__name__)
 
@@ -63,12 +63,17 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
     return run.result(time.monotonic() - start, bundles) if session.is_first else None
 
 
-def evaluate_worker(recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint) -> list[EvaluationRecord]:
+def evaluate_worker(
+    recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint, stage: str
+) -> list[EvaluationRecord]:
     """Score a checkpoint's tasks again, beside the majority class; every worker of the group calls this."""
     session = _open_session(recipe, context)
     check_manifest(checkpoint.manifest, session.manifest)
     session.engine.load_state(checkpoint.tensors)
-    return [majority_record(session.corpus), session.evaluator()(checkpoint.step)]
+    return [
+        majority_record(session.corpus, split_of(stage)),
+        session.evaluator()(checkpoint.step, stage).record,
+    ]
 
 
 def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
@@ -79,7 +84,9 @@ def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
     folder = open_backbone(recipe.backbone)
     sender.phase("reading the tasks")
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
-    corpus = load_corpus(recipe.data, tokenizer, folder.architecture.is_encoder_decoder)
+    corpus = load_corpus(
+        recipe.data, tokenizer, folder.architecture.is_encoder_decoder, with_test=recipe.training.evaluate_test
+    )
     sender.phase(f"loading {recipe.backbone.name} ({recipe.engine.kind} engine, {context.world_size} workers)")
     collective = TorchCollective(device) if context.world_size > 1 else SingleProcess()
     engine = build_engine(recipe, folder, collective, device, len(corpus.tasks))
@@ -167,6 +174,13 @@ def tell_failure(recipe: Recipe, run: RunIdentity, message: str) -> None:
 
         outcome = RunOutcome("failed", 0, 0.0, message=message[:500])
         record_end(recipe.tracking.mlflow, str(open_place(recipe.output).parent), run.key, outcome)
+
+
+def tell_comparison(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+    """Record a comparison beside the runs of `recipe`; for the driver."""
+    from hyperscale.tracking.mlflow import record_comparison
+
+    record_comparison(recipe.tracking.mlflow, str(open_place(recipe.output).parent), name, metrics, files)
 
 
 def _listeners(session: Session) -> Sequence[Callback]:
