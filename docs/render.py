@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 VERBS = (
-    *("train", "submit", "evaluate", "compare", "predict", "export"),
+    *("train", "adapt", "submit", "evaluate", "compare", "predict", "export"),
     *("tasks", "validate", "schema", "doctor", "track"),
 )
 

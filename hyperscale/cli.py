@@ -109,6 +109,24 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     train.add_argument("--resume", action="store_true", help=_RESUME)
 
+    adapt = verb("adapt", _adapt, "teach a trained generator new tasks, old ones may stay untouched")
+    adapt.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    adapt.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    adapt.add_argument("--task", action="append", required=True, help="a new task's name or file; may be repeated")
+    adapt.add_argument(
+        "--train",
+        choices=("new_tasks", "everything"),
+        default="new_tasks",
+        help="what learns: only what belongs to the new tasks (default), or the whole generator",
+    )
+    adapt.add_argument(
+        "--old-share", type=float, default=0.0, help="share of the samples for the known tasks, with everything"
+    )
+    adapt.add_argument(
+        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
+    )
+    adapt.add_argument("--resume", action="store_true", help=_RESUME)
+
     submit = verb("submit", _submit, "run a recipe as a Ray job on a cluster, follow its log")
     _add_recipe(submit)
     submit.add_argument("--address", required=True, help="the cluster's dashboard: http://HEAD:8265")
@@ -171,7 +189,25 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    recipe = load_recipe(options.recipe, options.overrides)
+    return _launch(load_recipe(options.recipe, options.overrides), options)
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from hyperscale.launch.adapt import adapted_recipe, nearest_tasks
+    from hyperscale.launch.context import read_result
+    from hyperscale.launch.torchrun import is_worker
+
+    share, overrides = options.old_share, options.overrides
+    recipe = adapted_recipe(options.checkpoint, options.task, options.train, share, overrides)
+    code = _launch(recipe, options)
+    if not is_worker():
+        checkpoint = read_result(recipe.output).checkpoint
+        for name, near in nearest_tasks(checkpoint, len(options.task)).items():
+            print(f"nearest to {name}: " + ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near))
+    return code
+
+
+def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
     from hyperscale.launch import torchrun
     from hyperscale.launch.outcome import show
 

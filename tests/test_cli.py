@@ -20,6 +20,7 @@ from tests.command import run
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = (
     "train",
+    "adapt",
     "submit",
     "evaluate",
     "compare",

@@ -41,6 +41,8 @@ def write_files(folder: Path) -> None:
 
 def small(words: list[str], backbone: Path) -> list[str]:
     """Make a command that trains or validates small enough for a test; what it means to show stays."""
+    if words[0] == "adapt":
+        return [*words, "training.steps=2", "--launcher", "local"]
     if words[0] not in ("train", "validate") or "--show" in words:
         return words
     given = {word.partition("=")[0] for word in words}
@@ -71,7 +73,15 @@ def test_the_story(
         if target:
             target.write_text(outcome.out)
     folders = {path.parent.name for path in (tmp_path / "runs").glob("*/result.json")}
-    assert folders == {"demo", "tickets", "mine", "my-llama", "independent", "shared", "torchrun", "local"}
+    assert folders == {
+        "demo",
+        "tickets",
+        "mine",
+        "my-llama",
+        "independent",
+        "shared",
+        *("demo-tickets", "both", "torchrun", "local"),
+    }
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert answers[0]["prediction"] in ("positive", "negative")
     assert [row["task"] for row in answers] == ["tweets", "plural"]

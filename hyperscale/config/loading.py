@@ -1,5 +1,6 @@
 """YAML -> Recipe: packaged names, `key=value` overrides, and every problem reported at once."""
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -68,6 +69,20 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), folder: Path |
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
         _apply_override(raw, override)
     return parse_recipe(_with_absolute_paths(raw, path.parent, overrides, folder or Path.cwd()), str(path))
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    """Return a resolved recipe with sections or keys replaced, then overridden; paths in `overrides` begin here.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    raw = dump_recipe(recipe)
+    for key, value in changes.items():
+        _apply_override(raw, f"{key}={json.dumps(value)}")
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
+        _apply_override(raw, override)
+    return parse_recipe(_with_absolute_paths(raw, Path.cwd(), overrides, Path.cwd()), where)
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:

@@ -1,7 +1,7 @@
 """One run on one rank: its place in the data, its scores so far, its checkpoints and its listeners."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,11 +47,18 @@ class Session:
 class TrainingRun:
     """The state of one run that is not in the engine: its evaluations so far, its place in the data, its listeners."""
 
-    def __init__(self, session: Session, checkpoint: Checkpoint | None, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        checkpoint: Checkpoint | None,
+        callbacks: Sequence[Callback],
+        origins: Sequence[Mapping[str, Any] | None] = (),
+    ) -> None:
         self.session = session
         self.start_step = checkpoint.step if checkpoint else 0
         state = checkpoint.state if checkpoint else {}
         self.tracking_state: dict[str, Any] = dict(state.get("tracking", {}))
+        self.origins = list(state.get("origins", origins))
         self.evaluations = [EvaluationRecord(**record) for record in state.get("evaluations", [])]
         self.loader = _train_loader(session)
         if checkpoint:
@@ -106,6 +113,7 @@ class TrainingRun:
                 "loader": self.loader.state(),
                 "seed": self.session.recipe.seed,
                 "tasks": [loaded.task.model_dump(mode="json") for loaded in self.session.corpus.tasks],
+                "origins": self.origins,
                 "evaluations": [asdict(record) for record in self.evaluations],
                 "tracking": self._merged_tracking_state(),
             }

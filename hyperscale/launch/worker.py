@@ -26,12 +26,14 @@ from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.engine.step import TrainingStep
 from hyperscale.errors import EngineError
 from hyperscale.export.exporter import export_bundles, restore_generator
+from hyperscale.launch.adapt import begin_from_known_tasks
 from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext
 from hyperscale.launch.training_run import Session, TrainingRun, told
 from hyperscale.logger import get_logger, set_up_logging
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
+from hyperscale.model.generators.generator import keep_known_tasks
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.sites import find_sites
@@ -55,7 +57,8 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
     start = time.monotonic()
     session = _open_session(recipe, context)
     checkpoint = _newest_checkpoint(session)
-    run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else ())
+    origins = begin_from_known_tasks(session) if checkpoint is None and recipe.start else ()
+    run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else (), origins)
     with told(run) as outcome:
         run.train()
         bundles = _export(session) if recipe.export.enabled else {}
@@ -145,7 +148,9 @@ def build_engine(
     site_map = find_sites(backbone, folder.architecture, kinds)
     generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed).to(device)
     model = AdaptedModel(backbone, generator, Injection(backbone, site_map, kinds), site_map, folder.architecture)
-    optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps)
+    start = recipe.start
+    fixed = keep_known_tasks(generator, start.known_tasks) if start and start.train == "new_tasks" else {}
+    optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps, fixed)
     step = TrainingStep(model, optimizer, collective, device, recipe.training, num_tasks, recipe.seed)
     if deepspeed_engine is None:
         return LocalEngine(step)
