@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = ("train", "submit", "evaluate", "predict", "export", "tasks", "validate", "schema", "doctor", "track")
+VERBS = (
+    *("train", "adapt", "submit", "evaluate", "compare", "predict", "export"),
+    *("tasks", "validate", "schema", "doctor", "track"),
+)
 
 
 def run(*arguments: str) -> str:

@@ -16,9 +16,12 @@ from hyperscale import __version__
 from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
 from hyperscale.errors import ConfigError, DataError, HyperscaleError, nearest
 from hyperscale.logger import set_up_logging
+from hyperscale.tracking.formats import counted
 
 if TYPE_CHECKING:
     from hyperscale.config.run import Recipe
+    from hyperscale.launch.compare import RunRecipe
+    from hyperscale.launch.context import RunResult
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -107,6 +110,24 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     train.add_argument("--resume", action="store_true", help=_RESUME)
 
+    adapt = verb("adapt", _adapt, "teach a trained generator new tasks, old ones may stay untouched")
+    adapt.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    adapt.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    adapt.add_argument("--task", action="append", required=True, help="a new task's name or file; may be repeated")
+    adapt.add_argument(
+        "--train",
+        choices=("new_tasks", "everything"),
+        default="new_tasks",
+        help="what learns: only what belongs to the new tasks (default), or the whole generator",
+    )
+    adapt.add_argument(
+        "--old-share", type=float, default=0.0, help="share of the samples for the known tasks, with everything"
+    )
+    adapt.add_argument(
+        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
+    )
+    adapt.add_argument("--resume", action="store_true", help=_RESUME)
+
     submit = verb("submit", _submit, "run a recipe as a Ray job on a cluster, follow its log")
     _add_recipe(submit)
     submit.add_argument("--address", required=True, help="the cluster's dashboard: http://HEAD:8265")
@@ -120,8 +141,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--split",
         choices=("validation", "test"),
         default="validation",
-        help="which rows to score; tasks without test rows are left out of test (default: validation)",
+        help="rows to score; test: of the tasks that have such rows (default: validation)",
     )
+
+    compare = verb("compare", _compare, "train methods and seeds with equal budgets, write one table")
+    compare.add_argument("comparison", type=Path, help="a YAML file: recipe, methods, learning rates, seeds")
+    compare.add_argument(
+        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
+    )
+    compare.add_argument("--dry-run", action="store_true", help="check every recipe and count the runs, no more")
 
     predict = verb("predict", _predict, "answer the rows of a file with exported bundles")
     predict.add_argument(
@@ -166,7 +194,25 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    recipe = load_recipe(options.recipe, options.overrides)
+    return _launch(load_recipe(options.recipe, options.overrides), options)
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from hyperscale.launch.adapt import adapted_recipe, nearest_tasks
+    from hyperscale.launch.context import read_result
+    from hyperscale.launch.torchrun import is_worker
+
+    share, overrides = options.old_share, options.overrides
+    recipe = adapted_recipe(options.checkpoint, options.task, options.train, share, overrides)
+    code = _launch(recipe, options)
+    if not is_worker():
+        checkpoint = read_result(recipe.output).checkpoint
+        for name, near in nearest_tasks(checkpoint, len(options.task)).items():
+            print(f"nearest to {name}: " + ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near))
+    return code
+
+
+def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
     from hyperscale.launch import torchrun
     from hyperscale.launch.outcome import show
 
@@ -235,6 +281,41 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     print_scores(evaluate_checkpoint(options.checkpoint, options.split))
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from hyperscale.config.comparison import load_comparison
+    from hyperscale.launch.compare import check_comparison, run_comparison
+    from hyperscale.launch.comparison_table import publish
+
+    comparison = load_comparison(options.comparison)
+    if options.dry_run:
+        runs = check_comparison(comparison)
+        print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
+        return 0
+    print(publish(run_comparison(comparison, _recipe_runner(options.launcher))), end="")
+    return 0
+
+
+def _recipe_runner(launcher: str) -> "RunRecipe":
+    """Return what trains one recipe after another, each going on with what lies in its run folder."""
+    from hyperscale.launch.context import read_result
+
+    if launcher == "local":
+        from hyperscale.launch.local import train_in_process
+
+        return lambda recipe, _file: train_in_process(recipe, resume=True)
+    if launcher == "torchrun":
+        from hyperscale.launch.torchrun import spawn_workers
+
+        def run_torchrun(recipe: "Recipe", file: Path) -> "RunResult":
+            spawn_workers(recipe, ["train", str(file), "--resume"])
+            return read_result(recipe.output)
+
+        return run_torchrun
+    from hyperscale.launch.ray_train import train_on_ray
+
+    return lambda recipe, _file: train_on_ray(recipe, resume=True)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -314,14 +395,10 @@ def _validate(options: argparse.Namespace) -> int:
         print(f"{task:<{width}}  {train:>7,} training rows  {validation:>6,} validation rows")
     share = 100 * found.trained_parameters / found.backbone_parameters
     print(
-        f"valid: {_counted(len(found.rows), 'task')}, {_counted(found.sites, 'site')}; trains "
+        f"valid: {counted(len(found.rows), 'task')}, {counted(found.sites, 'site')}; trains "
         f"{found.trained_parameters:,} parameters ({share:.2f} % of the frozen {found.backbone_parameters:,})"
     )
     return 0
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _schema(_options: argparse.Namespace) -> int:

@@ -207,6 +207,8 @@ def test_the_packaged_backbone_is_an_ordinary_model_folder(smollm2: Path) -> Non
     assert facts["files"].keys() | {"asset.json"} == {path.name for path in smollm2.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} < facts["files"].keys()
     assert facts["files"]["tokenizer.json"]["sha256"] == sha256_of(smollm2 / "tokenizer.json")
+    machine_made = {"is_local", "local_files_only", "name_or_path"}
+    assert not machine_made & json.loads((smollm2 / "tokenizer_config.json").read_text()).keys()
     assert {oct(path.stat().st_mode) for path in smollm2.iterdir()} == {oct((smollm2 / "asset.json").stat().st_mode)}
 
     model = AutoModelForCausalLM.from_pretrained(smollm2)

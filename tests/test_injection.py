@@ -71,6 +71,10 @@ def test_step_0_is_exactly_the_untouched_backbone(folder: Path, adapters: str, g
 def test_a_mixed_batch_is_each_sample_alone_with_its_task(folder: Path, adapters: str):
     adapted = model(folder, adapters)
     tiny.disturb(adapted.generator)
+    # A random T5 makes 1e-5 and more of fp32's last bit, which differs by processor; here only the arithmetic counts.
+    adapted.backbone.double()
+    adapted.generator.double()
+    adapted.dtype = torch.float64
     batch = inputs(adapted)
     tasks = torch.tensor([2, 0, 1, 0, 2])
     with torch.no_grad():
@@ -83,7 +87,7 @@ def test_a_mixed_batch_is_each_sample_alone_with_its_task(folder: Path, adapters
             with adapted.adapted(adapted.generate((task.view(1) + 1) % 3), torch.zeros(1, dtype=torch.int64)):
                 other = logits(adapted, {name: tensor[row : row + 1] for name, tensor in batch.items()})
             assert (other - alone[-1]).abs().max() > 1e-2  # the task matters
-    tolerance = 1e-5 * mixed.abs().max()
+    tolerance = 1e-9 * mixed.abs().max()
     assert (mixed - torch.cat(alone)).abs().max() <= tolerance
 
 

@@ -41,6 +41,8 @@ def write_files(folder: Path) -> None:
 
 def small(words: list[str], backbone: Path) -> list[str]:
     """Make a command that trains or validates small enough for a test; what it means to show stays."""
+    if words[0] == "adapt":
+        return [*words, "training.steps=2", "--launcher", "local"]
     if words[0] not in ("train", "validate") or "--show" in words:
         return words
     given = {word.partition("=")[0] for word in words}
@@ -56,12 +58,14 @@ def test_the_story(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"tickets.jsonl", "tickets.yaml", "questions.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("tickets.jsonl", "tickets.yaml", "questions.jsonl", "comparison.yaml")
+    }
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "my-llama").symlink_to(tiny_llama_folder)
     for words in (["train", "demo"], *OURS):  # `make demo` comes first
-        if words[0] == "submit":
-            continue
+        if words[0] == "submit" or (words[0] == "compare" and "--dry-run" not in words):
+            continue  # a cluster, and forty runs: see test_ray.py and test_compare.py
         target = Path(words.pop()) if ">" in words else None
         outcome = run(capsys, *small([word for word in words if word != ">"], tiny_llama_folder))
         assert outcome.code == 0, (words, outcome.err)
@@ -69,7 +73,15 @@ def test_the_story(
         if target:
             target.write_text(outcome.out)
     folders = {path.parent.name for path in (tmp_path / "runs").glob("*/result.json")}
-    assert folders == {"demo", "tickets", "mine", "my-llama", "independent", "shared", "torchrun", "local"}
+    assert folders == {
+        "demo",
+        "tickets",
+        "mine",
+        "my-llama",
+        "independent",
+        "shared",
+        *("demo-tickets", "both", "torchrun", "local"),
+    }
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert answers[0]["prediction"] in ("positive", "negative")
     assert [row["task"] for row in answers] == ["tweets", "plural"]

@@ -20,7 +20,7 @@ from hyperscale.logger import get_logger
 
 _log = get_logger(__name__)
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Raised when the folder's contents change, so that folders of an older release are built again."""
 
 
@@ -100,6 +100,8 @@ def _dequantise(gguf: Path, folder: Path, backbone: PackagedBackbone) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    for trace in ("is_local", "local_files_only"):  # how it was loaded here, which HF_HUB_OFFLINE decides
+        tokenizer.init_kwargs.pop(trace, None)
     tokenizer.save_pretrained(folder)
     # safetensors makes files for their owner alone; a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")

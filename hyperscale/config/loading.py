@@ -1,5 +1,6 @@
 """YAML -> Recipe: packaged names, `key=value` overrides, and every problem reported at once."""
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -49,7 +50,7 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
     """Read, override and check a recipe; every path in the result is absolute.
 
     Paths inside a recipe (backbone folder, task files, DeepSpeed JSON) are relative to the recipe's own folder, those
@@ -58,6 +59,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name_or_path: a YAML file or the name of a packaged recipe.
         overrides: `dotted.key=value`, the value read as YAML. Those that choose a kind act first, whatever their order.
+        folder: where paths in overrides begin; by default the working directory.
 
     Raises:
         ConfigError: one line per problem, each with its dotted path, the value and what is allowed.
@@ -66,7 +68,21 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     raw = read_mapping(path, "a recipe", ConfigError)
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
         _apply_override(raw, override)
-    return parse_recipe(_with_absolute_paths(raw, path.parent, overrides), str(path))
+    return parse_recipe(_with_absolute_paths(raw, path.parent, overrides, folder or Path.cwd()), str(path))
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
+    """Return a resolved recipe with sections or keys replaced, then overridden; paths in `overrides` begin here.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    raw = dump_recipe(recipe)
+    for key, value in changes.items():
+        _apply_override(raw, f"{key}={json.dumps(value)}")
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
+        _apply_override(raw, override)
+    return parse_recipe(_with_absolute_paths(raw, Path.cwd(), overrides, Path.cwd()), where)
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -137,7 +153,9 @@ def _number(text: str) -> Any:
         return text
 
 
-def _with_absolute_paths(raw: dict[str, Any], folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def _with_absolute_paths(
+    raw: dict[str, Any], folder: Path, overrides: Sequence[str], overrides_folder: Path
+) -> dict[str, Any]:
     overridden = [override.partition("=")[0] for override in overrides]
 
     def absolute(value: Any, key: str, is_path: Callable[[Path], bool]) -> Any:
@@ -145,7 +163,7 @@ def _with_absolute_paths(raw: dict[str, Any], folder: Path, overrides: Sequence[
             return value
         from_here = any(key == other or key.startswith(f"{other}.") for other in overridden)
         path = Path(os.path.expandvars(value)).expanduser()
-        candidate = os.path.normpath((Path.cwd() if from_here else folder) / path)
+        candidate = os.path.normpath((overrides_folder if from_here else folder) / path)
         named_as_path = value.startswith((".", "~", "/", "$"))
         return candidate if named_as_path or is_path(Path(candidate)) else value
 

@@ -11,6 +11,7 @@ from hyperscale.config.data import DataSettings
 from hyperscale.config.engine import EngineSettings
 from hyperscale.config.export import ExportSettings
 from hyperscale.config.section import Section
+from hyperscale.config.start import StartSettings
 from hyperscale.config.tracking import TrackingSettings
 from hyperscale.config.training import TrainingSettings
 
@@ -30,6 +31,8 @@ class Recipe(Section):
     cluster: ClusterSettings = ClusterSettings()
     tracking: TrackingSettings = TrackingSettings()
     export: ExportSettings = ExportSettings()
+    start: StartSettings | None = None
+    """null = a generator that has learnt nothing yet."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -57,6 +60,26 @@ class Recipe(Section):
                 f"{self.training.steps}, so the full learning rate would never be reached; "
                 f"set training.optimizer.warmup_steps={self.training.steps // 10}"
             )
+        problems += self._problems_of_start()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _problems_of_start(self) -> list[str]:
+        if self.start is None:
+            return []
+        problems = []
+        known, tasks = self.start.known_tasks, len(self.data.tasks)
+        if known >= tasks:
+            problems.append(f"start.known_tasks {known} leaves no new task among the {tasks} of data.tasks; add one")
+        if self.start.train == "new_tasks":
+            if self.adaptation.generator.kind == "shared":
+                problems.append(
+                    "start.train 'new_tasks' cannot be used with the generator 'shared', which has no weights of one "
+                    "task alone; use start.train=everything"
+                )
+            if any((self.data.mixture.weights or (1.0,))[:known]):
+                problems.append(
+                    "start.train 'new_tasks' learns nothing from the known tasks: set their data.mixture.weights to 0"
+                )
+        return problems

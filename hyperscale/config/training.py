@@ -39,5 +39,7 @@ class TrainingSettings(Section):
     """Rows that one rank scores at once; null = twice `micro_batch_size`, since nothing is kept for a backward pass."""
     evaluate_untouched: bool = True
     """Score the backbone without adapters before the first step."""
+    evaluate_test: bool = False
+    """Score the test splits once, after the last step; nothing is chosen by them."""
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import Layout
+from hyperscale.data.origins import Split
 from hyperscale.data.sources import TaskData, load_task_data, without_training_texts
 from hyperscale.data.tasks import Task, load_task
 from hyperscale.data.tokenization import EncodedSplit, TaskTokenizer
@@ -24,6 +24,14 @@ class LoadedTask:
     tokenizer: TaskTokenizer
     train: EncodedSplit
     validation: EncodedSplit
+    test: EncodedSplit | None
+    """None unless asked for; without rows where the task has none."""
+
+    def scored(self, split: Split) -> EncodedSplit:
+        """Return a split to be scored; `test` must have been asked for when the corpus was loaded."""
+        encoded = self.test if split == "test" else self.validation
+        assert encoded is not None, f"the test split of {self.task.name} was not loaded"
+        return encoded
 
 
 @dataclass(frozen=True)
@@ -32,21 +40,10 @@ class Corpus:
 
     tasks: tuple[LoadedTask, ...]
     layout: Layout
-    settings: DataSettings
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(loaded.task.name for loaded in self.tasks)
-
-    @cached_property
-    def tests(self) -> tuple[EncodedSplit | None, ...]:
-        """The test split of each task, or None where it has none; encoded when it is first asked for."""
-        return tuple(
-            loaded.tokenizer.encode_split(loaded.data.splits["test"], self.settings)
-            if "test" in loaded.data.splits
-            else None
-            for loaded in self.tasks
-        )
 
     def describe(self) -> Mapping[str, Mapping[str, Any]]:
         """Return per task where its rows are from, their digest, and how many are used."""
@@ -61,21 +58,43 @@ class Corpus:
         }
 
 
-def load_corpus(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> Corpus:
-    """Read and encode all tasks of a recipe.
+def load_corpus(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    is_encoder_decoder: bool,
+    with_test: bool = False,
+    may_lack_test: bool = False,
+) -> Corpus:
+    """Read and encode all tasks of a recipe, their test splits only `with_test`.
+
+    With `may_lack_test` one task with a test split is enough, else every one must have it.
 
     Raises:
-        DataError: an unknown task, two tasks of one name, two that must not be in one run, or rows that are wrong;
-            located by file and line.
+        DataError: an unknown task, two tasks of one name, two that must not be in one run, a test split that is asked
+            for and missing, or rows that are wrong; located by file and line.
     """
     tasks = [load_task(name, settings.task_folders).written_for(is_encoder_decoder) for name in settings.tasks]
     _refuse_equal_names(tasks)
     _refuse_forbidden_pairs(tasks)
     read = _without_shared_texts(
-        [load_task_data(task, settings.train_limit, settings.validation_limit) for task in tasks]
+        [load_task_data(task, settings.train_limit, settings.validation_limit, settings.test_limit) for task in tasks]
     )
+    if with_test:
+        _refuse_untested(read, may_lack_test)
     layout = Layout(pad_token_id(tokenizer), is_encoder_decoder)
-    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder) for data in read), layout, settings)
+    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder, with_test) for data in read), layout)
+
+
+def _refuse_untested(read: Sequence[TaskData], may_lack_test: bool) -> None:
+    untested = [data for data in read if "test" not in data.splits]
+    if untested and not (may_lack_test and len(untested) < len(read)):
+        raise DataError(
+            "\n".join(
+                f"task '{data.task.name}' has no test rows ({data.source}); "
+                "score the validation rows, or add a test split"
+                for data in untested
+            )
+        )
 
 
 def _without_shared_texts(read: Sequence[TaskData]) -> list[TaskData]:
@@ -92,7 +111,11 @@ def _without_shared_texts(read: Sequence[TaskData]) -> list[TaskData]:
 
 
 def _encode(
-    data: TaskData, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool
+    data: TaskData,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    is_encoder_decoder: bool,
+    with_test: bool,
 ) -> LoadedTask:
     task_tokenizer = TaskTokenizer(tokenizer, data.task, is_encoder_decoder)
     return LoadedTask(
@@ -101,6 +124,7 @@ def _encode(
         task_tokenizer,
         train=task_tokenizer.encode_split(data.splits["train"], settings),
         validation=task_tokenizer.encode_split(data.splits["validation"], settings),
+        test=task_tokenizer.encode_split(data.splits.get("test", ()), settings) if with_test else None,
     )
 
 

@@ -22,7 +22,12 @@ class Sample(NamedTuple):
 
 
 def rates(sizes: Sequence[int], settings: MixtureSettings) -> tuple[float, ...]:
-    """Return each task's probability: min(n · scale, maximum)^(1/temperature), normalised to sum 1 (seqio's rule)."""
+    """Return each task's probability: min(n · scale, maximum)^(1/temperature), normalised to sum 1 (seqio's rule).
+
+    `settings.weights` stand in the place of that rule.
+    """
+    if settings.weights is not None:
+        return tuple(weight / sum(settings.weights) for weight in settings.weights)
     scaled = np.asarray(sizes, dtype=np.float64) * settings.scale
     if settings.maximum is not None:
         scaled = np.minimum(scaled, settings.maximum)

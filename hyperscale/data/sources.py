@@ -37,11 +37,13 @@ class TaskData:
     """`train`, `validation`, and `test` where the source has one."""
 
 
-def load_task_data(task: Task, train_limit: int | None = None, validation_limit: int | None = None) -> TaskData:
+def load_task_data(
+    task: Task, train_limit: int | None = None, validation_limit: int | None = None, test_limit: int | None = None
+) -> TaskData:
     """Read a task's rows and divide them into splits that share no text.
 
     Without validation rows, a tenth of the training texts becomes the validation split. A text in two splits stays in
-    the later of train, validation, test. Limits count rows; `test` is never limited.
+    the later of train, validation, test. Limits count rows.
 
     Raises:
         DataError: a file, column or label is missing or wrong (with file and line), or a split has no rows.
@@ -56,6 +58,8 @@ def load_task_data(task: Task, train_limit: int | None = None, validation_limit:
     splits = _divide(task.name, examples)
     splits["train"] = limit(splits["train"], train_limit)
     splits["validation"] = limit(splits["validation"], validation_limit)
+    if "test" in splits:
+        splits["test"] = limit(splits["test"], test_limit)
     return TaskData(task, source, _digest(splits), splits)
 
 

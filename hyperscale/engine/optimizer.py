@@ -1,7 +1,9 @@
 """AdamW over the generator: schedule, clipping and a state that fits any number of ranks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,22 @@ def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -
 
 
 class GeneratorOptimizer:
-    """Steps the generator from gradients that are already summed over ranks."""
+    """Steps the generator from gradients that are already summed over ranks.
 
-    def __init__(self, generator: nn.Module, settings: OptimizerSettings, total_steps: int) -> None:
+    `fixed_rows`: parameter name -> how many of its first rows never move, whatever weight decay or rounding would do.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        settings: OptimizerSettings,
+        total_steps: int,
+        fixed_rows: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._settings = settings
         self._total_steps = total_steps
         self._named = dict(generator.named_parameters())
+        self._fixed_rows = fixed_rows
         self._adamw = torch.optim.AdamW(
             self._named.values(),
             lr=settings.learning_rate,
@@ -48,9 +60,18 @@ class GeneratorOptimizer:
             group["lr"] = rate
         limit = self._settings.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), math.inf if limit is None else limit)
-        self._adamw.step()
+        with self._rows_restored():
+            self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         return rate, float(norm)
+
+    @contextmanager
+    def _rows_restored(self) -> Iterator[None]:
+        fixed = {name: self._named[name][:rows].detach().clone() for name, rows in self._fixed_rows.items()}
+        yield
+        with torch.no_grad():
+            for name, rows in fixed.items():
+                self._named[name][: len(rows)].copy_(rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return CPU copies of the moments and update counts, by parameter name."""

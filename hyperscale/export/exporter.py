@@ -5,7 +5,7 @@ Needs the generator and the site map only: no backbone weights are loaded.
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,14 @@ _logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
+class TaskOrigin:
+    """The run that made a task's weights."""
+
+    recipe: Recipe
+    step: int
+
+
+@dataclass(frozen=True)
 class TrainedGenerator:
     """A checkpoint's generator, ready to make any of its tasks' weights."""
 
@@ -44,6 +52,12 @@ class TrainedGenerator:
     backbone: dict[str, Any]
     """`name`, `path`, `digest`, `model_type` as the checkpoint's manifest has them."""
     step: int
+    origins: tuple[TaskOrigin | None, ...]
+    """Per task the earlier run that made its weights, where this one left them untouched."""
+
+    def origin_of(self, task: int) -> TaskOrigin:
+        """Return the run that made a task's weights."""
+        return self.origins[task] or TaskOrigin(self.recipe, self.step)
 
     @property
     def architecture(self) -> Architecture:
@@ -65,7 +79,15 @@ def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
     generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed)
     tensors: dict[str, Tensor] = dict(checkpoint.tensors["generator"])
     generator.load_state_dict(tensors, strict=True)
-    return TrainedGenerator(recipe, site_map, generator, tasks, dict(checkpoint.manifest["backbone"]), checkpoint.step)
+    origins = tuple(map(_origin, checkpoint.state.get("origins") or [None] * len(tasks)))
+    backbone = dict(checkpoint.manifest["backbone"])
+    return TrainedGenerator(recipe, site_map, generator, tasks, backbone, checkpoint.step, origins)
+
+
+def _origin(stored: Mapping[str, Any] | None) -> TaskOrigin | None:
+    return (
+        TaskOrigin(parse_recipe(stored["recipe"], "the recipe of an earlier run"), stored["step"]) if stored else None
+    )
 
 
 def export_bundles(
@@ -130,18 +152,20 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> None:
-    weights, dtype = trained.weights_of(index), DTYPES[trained.recipe.export.dtype]
+    recipe = trained.origin_of(index).recipe
+    weights, dtype = trained.weights_of(index), DTYPES[recipe.export.dtype]
     if format == "peft":
         base = trained.backbone["path"] if trained.backbone["is_local"] else trained.backbone["name"]
         write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype)
     else:
         write_native(folder, weights, dtype)
-    (folder / "recipe.yaml").write_text(render_recipe(trained.recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(render_recipe(recipe), encoding="utf-8")
     write_manifest(folder, _manifest(trained, index, format))
 
 
 def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManifest:
-    recipe = trained.recipe
+    origin = trained.origin_of(index)
+    recipe = origin.recipe
     return BundleManifest(
         format=format,
         task=trained.tasks[index],
@@ -156,7 +180,7 @@ def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManif
         max_source_tokens=recipe.data.max_source_tokens,
         too_long=recipe.data.too_long,
         run=recipe.name,
-        step=trained.step,
+        step=origin.step,
         produced_by=f"hyperscale {__version__}",
         files={},
     )

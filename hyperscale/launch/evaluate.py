@@ -8,25 +8,25 @@ from hyperscale.launch.context import RunIdentity, WorkerContext
 from hyperscale.launch.worker import evaluate_worker
 from hyperscale.tracking.display import ProgressDisplay
 from hyperscale.train.callbacks import EvaluationRecord
-from hyperscale.train.evaluation import VALIDATION
+from hyperscale.train.evaluation import TEST
 
 
-def evaluate_checkpoint(path: str, split: str = VALIDATION) -> list[EvaluationRecord]:
+def evaluate_checkpoint(path: str, stage: str) -> list[EvaluationRecord]:
     """Return the scores of a checkpoint, or of a run folder's newest one, and those of the majority class.
 
     Args:
-        split: `validation`, or `test` for the tasks that have a test split.
+        stage: `validation` or `test`, the split to score; tasks without test rows are left out of `test`.
 
     Raises:
         CheckpointError: there is none, or the backbone has changed since.
-        DataError: no task has a test split.
+        DataError: no task has such a split, or rows cannot be read.
     """
     checkpoint = load_checkpoint(find_checkpoint(path))
     raw: dict[str, Any] = dict(checkpoint.recipe)
     raw["engine"] = {**raw["engine"], "kind": "local"}
     raw["cluster"] = {**raw["cluster"], "workers": 1}
+    raw["training"] = {**raw["training"], "evaluate_test": stage == TEST}
     recipe = parse_recipe(raw, "the checkpoint's recipe")
     with ProgressDisplay(recipe.tracking.progress) as display:
-        return evaluate_worker(
-            recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.new(recipe.name)), checkpoint, split
-        )
+        context = WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.new(recipe.name))
+        return evaluate_worker(recipe, context, checkpoint, stage)

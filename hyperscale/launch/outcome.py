@@ -15,7 +15,7 @@ from hyperscale.export.bundle import read_manifest
 from hyperscale.launch.context import RunResult
 from hyperscale.tracking.report import RunSummary, all_scores_table, final_table, mlflow_place, print_report
 from hyperscale.train.callbacks import EvaluationRecord
-from hyperscale.train.evaluation import MAJORITY, TEST, UNTOUCHED, VALIDATION
+from hyperscale.train.evaluation import MAJORITY, UNTOUCHED, VALIDATION
 
 _SQLITE = "sqlite:///"
 
@@ -44,14 +44,12 @@ def show(result: RunResult) -> None:
 
 
 def print_scores(records: Sequence[EvaluationRecord]) -> None:
-    """Print the table of main scores, and one of all scores where a task has several."""
-    trained = _last(records, TEST) or _last(records, VALIDATION)
-    assert trained is not None, "an evaluation has scores"
-    console = Console()
-    console.print(final_table(trained, _last(records, UNTOUCHED), _last(records, MAJORITY)))
-    if any(len(scores) > 1 for scores in trained.scores.values()):
+    """Print the last record's main scores beside the majority class, and all of them where a task has several."""
+    console, scored = Console(), records[-1]
+    console.print(final_table(scored, majority=_last(records, MAJORITY)))
+    if any(len(scores) > 1 for scores in scored.scores.values()):
         console.print()
-        console.print(all_scores_table(trained))
+        console.print(all_scores_table(scored))
 
 
 def _last(records: Sequence[EvaluationRecord], stage: str) -> EvaluationRecord | None:

@@ -41,7 +41,10 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
         complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
     say("reading the tasks")
     corpus = load_corpus(
-        recipe.data, AutoTokenizer.from_pretrained(folder.path), folder.architecture.is_encoder_decoder
+        recipe.data,
+        AutoTokenizer.from_pretrained(folder.path),
+        folder.architecture.is_encoder_decoder,
+        with_test=recipe.training.evaluate_test,
     )
     generator = build_generator(recipe.adaptation, site_map, kinds, len(corpus.tasks), recipe.seed)
     return Preflight(

@@ -1,7 +1,7 @@
 """One run on one rank: its place in the data, its scores so far, its checkpoints and its listeners."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,10 +14,11 @@ from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.launch.context import RunResult, WorkerContext, write_result
+from hyperscale.launch.predictions import write_predictions
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.tracking.progress import ProgressSender
 from hyperscale.train.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome
-from hyperscale.train.evaluation import UNTOUCHED, VALIDATION, Evaluator, majority_record
+from hyperscale.train.evaluation import TEST, UNTOUCHED, VALIDATION, Evaluator, majority_record
 from hyperscale.train.trainer import Trainer
 
 
@@ -46,11 +47,18 @@ class Session:
 class TrainingRun:
     """The state of one run that is not in the engine: its evaluations so far, its place in the data, its listeners."""
 
-    def __init__(self, session: Session, checkpoint: Checkpoint | None, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        checkpoint: Checkpoint | None,
+        callbacks: Sequence[Callback],
+        origins: Sequence[Mapping[str, Any] | None] = (),
+    ) -> None:
         self.session = session
         self.start_step = checkpoint.step if checkpoint else 0
         state = checkpoint.state if checkpoint else {}
         self.tracking_state: dict[str, Any] = dict(state.get("tracking", {}))
+        self.origins = list(state.get("origins", origins))
         self.evaluations = [EvaluationRecord(**record) for record in state.get("evaluations", [])]
         self.loader = _train_loader(session)
         if checkpoint:
@@ -59,7 +67,7 @@ class TrainingRun:
         self.callbacks = callbacks
 
     def train(self) -> None:
-        """Score the untouched backbone once, then run the remaining steps."""
+        """Score the untouched backbone once, run the remaining steps, and score the test splits if asked to."""
         recipe = self.session.recipe
         if self.session.is_first:
             place = open_place(recipe.output).child(RECIPE)
@@ -67,17 +75,19 @@ class TrainingRun:
         if not self.evaluations:
             self._record(majority_record(self.session.corpus))
             if recipe.training.evaluate_untouched:
-                self._record(self.evaluator(0, UNTOUCHED))
+                self._evaluate(0, UNTOUCHED)
         trainer = Trainer(
             engine=self.session.engine,
             loader=self.loader,
             settings=recipe.training,
             task_names=self.session.corpus.names,
             callbacks=self.callbacks,
-            evaluate=lambda step: self._record(self.evaluator(step, VALIDATION)),
+            evaluate=lambda step: self._evaluate(step, VALIDATION),
             save=self.save,
         )
         trainer.run(self.start_step)
+        if recipe.training.evaluate_test:
+            self._evaluate(recipe.training.steps, TEST)
 
     def facts(self) -> RunFacts:
         recipe, engine = self.session.recipe, self.session.engine
@@ -103,6 +113,7 @@ class TrainingRun:
                 "loader": self.loader.state(),
                 "seed": self.session.recipe.seed,
                 "tasks": [loaded.task.model_dump(mode="json") for loaded in self.session.corpus.tasks],
+                "origins": self.origins,
                 "evaluations": [asdict(record) for record in self.evaluations],
                 "tracking": self._merged_tracking_state(),
             }
@@ -129,6 +140,12 @@ class TrainingRun:
         )
         write_result(result)
         return result
+
+    def _evaluate(self, step: int, stage: str) -> None:
+        evaluation = self.evaluator(step, stage)
+        if self.session.is_first:
+            write_predictions(self.session.recipe.output, self.session.corpus, stage, evaluation.answers)
+        self._record(evaluation.record)
 
     def _record(self, record: EvaluationRecord) -> None:
         self.evaluations.append(record)

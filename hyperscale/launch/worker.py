@@ -6,7 +6,7 @@ Engine and trackers are chosen by name and imported when chosen, so that a machi
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.engine.step import TrainingStep
 from hyperscale.errors import EngineError
 from hyperscale.export.exporter import export_bundles, restore_generator
+from hyperscale.launch.adapt import begin_from_known_tasks
 from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext
 from hyperscale.launch.training_run import Session, TrainingRun, told
 from hyperscale.logger import get_logger, set_up_logging
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
+from hyperscale.model.generators.generator import keep_known_tasks
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.sites import find_sites
@@ -39,7 +41,7 @@ from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.progress import ProgressSender
 from hyperscale.tracking.provenance import package_versions
 from hyperscale.train.callbacks import Callback, EvaluationRecord, RunOutcome
-from hyperscale.train.evaluation import majority_record
+from hyperscale.train.evaluation import majority_record, split_of
 
 _logger = get_logger(__name__)
 
@@ -55,7 +57,8 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
     start = time.monotonic()
     session = _open_session(recipe, context)
     checkpoint = _newest_checkpoint(session)
-    run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else ())
+    origins = begin_from_known_tasks(session) if checkpoint is None and recipe.start else ()
+    run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else (), origins)
     with told(run) as outcome:
         run.train()
         bundles = _export(session) if recipe.export.enabled else {}
@@ -64,16 +67,19 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
 
 
 def evaluate_worker(
-    recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint, split: str
+    recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint, stage: str
 ) -> list[EvaluationRecord]:
-    """Score a checkpoint's tasks on `validation` or `test`, beside the majority class; every worker calls this."""
-    session = _open_session(recipe, context)
+    """Score a checkpoint's tasks again, beside the majority class; every worker of the group calls this."""
+    session = _open_session(recipe, context, may_lack_test=True)
     check_manifest(checkpoint.manifest, session.manifest)
     session.engine.load_state(checkpoint.tensors)
-    return [majority_record(session.corpus, split), session.evaluator()(checkpoint.step, split)]
+    return [
+        majority_record(session.corpus, split_of(stage)),
+        session.evaluator()(checkpoint.step, stage).record,
+    ]
 
 
-def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
+def _open_session(recipe: Recipe, context: WorkerContext, may_lack_test: bool = False) -> Session:
     set_up_logging(rank=context.rank)
     device = _device(recipe, context)
     sender = ProgressSender(context.progress)
@@ -81,7 +87,13 @@ def _open_session(recipe: Recipe, context: WorkerContext) -> Session:
     folder = open_backbone(recipe.backbone)
     sender.phase("reading the tasks")
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
-    corpus = load_corpus(recipe.data, tokenizer, folder.architecture.is_encoder_decoder)
+    corpus = load_corpus(
+        recipe.data,
+        tokenizer,
+        folder.architecture.is_encoder_decoder,
+        with_test=recipe.training.evaluate_test,
+        may_lack_test=may_lack_test,
+    )
     sender.phase(f"loading {recipe.backbone.name} ({recipe.engine.kind} engine, {context.world_size} workers)")
     collective = TorchCollective(device) if context.world_size > 1 else SingleProcess()
     refuse_unlike_rows(collective.gather(corpus.describe()))
@@ -141,7 +153,9 @@ def build_engine(
     site_map = find_sites(backbone, folder.architecture, kinds)
     generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed).to(device)
     model = AdaptedModel(backbone, generator, Injection(backbone, site_map, kinds), site_map, folder.architecture)
-    optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps)
+    start = recipe.start
+    fixed = keep_known_tasks(generator, start.known_tasks) if start and start.train == "new_tasks" else {}
+    optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps, fixed)
     step = TrainingStep(model, optimizer, collective, device, recipe.training, num_tasks, recipe.seed)
     if deepspeed_engine is None:
         return LocalEngine(step)
@@ -170,6 +184,13 @@ def tell_failure(recipe: Recipe, run: RunIdentity, message: str) -> None:
 
         outcome = RunOutcome("failed", 0, 0.0, message=message[:500])
         record_end(recipe.tracking.mlflow, str(open_place(recipe.output).parent), run.key, outcome)
+
+
+def tell_comparison(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+    """Record a comparison beside the runs of `recipe`; for the driver."""
+    from hyperscale.tracking.mlflow import record_comparison
+
+    record_comparison(recipe.tracking.mlflow, str(open_place(recipe.output).parent), name, metrics, files)
 
 
 def _listeners(session: Session) -> Sequence[Callback]:

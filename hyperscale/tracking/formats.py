@@ -22,6 +22,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 task` or `7 tasks`."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def score(value: float | None) -> str:
     """Return a score in percent with one digit, `–` without one."""
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"

@@ -202,7 +202,7 @@ class MlflowTracker:
             self._outbox.call(lambda: run.close(outcome, artifacts))
             num_lost = self._outbox.close(_PATIENCE_SECONDS, _LIMIT_SECONDS)
             if num_lost:
-                command = f"hyperscale track sync {self._folder}"
+                command = f"hyperscale track {self._folder}"
                 _log.warning("%d records did not reach MLflow; send them once it answers: %s", num_lost, command)
         self._outbox = None
         self._cleanup.close()
@@ -258,6 +258,23 @@ def record_end(settings: MlflowSettings, default_root: str, run_key: str, outcom
                 MlflowRun(client, reference).close(outcome, settings.artifacts)
     except ConfigError as error:
         _log.warning("MLflow could not be told that the run has %s. %s", outcome.status, error)
+
+
+def record_comparison(
+    settings: MlflowSettings, default_root: str, name: str, metrics: Mapping[str, float], files: Sequence[Path]
+) -> None:
+    """Record a comparison as a run of its own, with its table as artifacts. Warns if that fails."""
+    uri = tracking_uri(settings, default_root)
+    try:
+        with impatient(), clear_errors(uri):
+            run = open_run(settings, default_root, f"comparison-{name}-{time.time_ns()}", name, None)
+            client, run_id = MlflowClient(tracking_uri=uri), run.reference.run_id
+            run.log(points(metrics, 0, time.time()))
+            for file in files:
+                client.log_artifact(run_id, str(file))
+            client.set_terminated(run_id, "FINISHED")
+    except ConfigError as error:
+        _log.warning("MLflow could not be told of the comparison. %s", error)
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> str:

@@ -1,14 +1,13 @@
-"""Scores of every task on its validation split, or on its test split."""
+"""Scores of every task on its validation or test split."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hyperscale.data.corpus import Corpus
 from hyperscale.data.metrics import majority_score, score
-from hyperscale.data.tokenization import EncodedSplit
+from hyperscale.data.origins import Split
 from hyperscale.engine.base import Engine
-from hyperscale.errors import DataError
 from hyperscale.train.answers import Answerer, Question
 from hyperscale.train.callbacks import EvaluationRecord
 
@@ -19,8 +18,17 @@ TEST = "test"
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The scores of one evaluation, and the answers that earned them."""
+
+    record: EvaluationRecord
+    answers: Mapping[str, Sequence[str]]
+    """task -> the answer to each row of the split, in the split's order."""
+
+
+@dataclass(frozen=True)
 class Evaluator:
-    """Scores one split of every task; every rank must call it, and every rank gets the same record."""
+    """Scores all tasks; every rank must call it, and every rank gets the same evaluation."""
 
     engine: Engine
     corpus: Corpus
@@ -29,12 +37,13 @@ class Evaluator:
     say: Callable[[str, int, int], None]
     """Tells a person what is happening, and how much of it is done."""
 
-    def __call__(self, step: int, stage: str = VALIDATION) -> EvaluationRecord:
+    def __call__(self, step: int, stage: str = VALIDATION) -> Evaluation:
         """Score all tasks with their adapters, or the backbone alone where `stage` is `untouched`.
 
-        Where `stage` is `test` the tasks that have a test split are scored on it, else all on their validation split.
+        `test` scores the test splits, every other stage the validation splits. A task without rows has no score.
         """
         start = time.monotonic()
+        split = split_of(stage)
         answerer = Answerer(
             self.engine.model,
             self.engine.collective,
@@ -44,44 +53,39 @@ class Evaluator:
             self.batch_size,
             lambda text, done, total: self.say(f"{stage} scores: {text}", done, total),
         )
-        rows = _rows(self.corpus, stage)
         questions = [
             Question(index, encoded, example.candidates)
-            for index, split in rows.items()
-            for example, encoded in zip(split.examples, split.encoded, strict=True)
+            for index, loaded in enumerate(self.corpus.tasks)
+            for example, encoded in zip(loaded.scored(split).examples, loaded.scored(split).encoded, strict=True)
         ]
         with self.engine.evaluating():
-            answers = iter(answerer(questions, adapted=stage != UNTOUCHED))
+            given = iter(answerer(questions, adapted=stage != UNTOUCHED))
+        answers: dict[str, list[str]] = {}
         scores = {}
-        for index, split in rows.items():
-            task = self.corpus.tasks[index].task
-            references = [example.target for example in split.examples]
-            predictions = [next(answers) for _ in references]
-            scores[task.name] = score(task, predictions, references)
-        return EvaluationRecord(step, stage, scores, _samples(self.corpus, rows), time.monotonic() - start)
+        for loaded in self.corpus.tasks:
+            references = [example.target for example in loaded.scored(split).examples]
+            answers[loaded.task.name] = [next(given) for _ in references]
+            if references:
+                scores[loaded.task.name] = score(loaded.task, answers[loaded.task.name], references)
+        samples = _samples(self.corpus, split)
+        return Evaluation(EvaluationRecord(step, stage, scores, samples, time.monotonic() - start), answers)
 
 
-def majority_record(corpus: Corpus, split: str = VALIDATION) -> EvaluationRecord:
-    """Return what always giving the most common training answer of each task would score on a split."""
-    rows = _rows(corpus, split)
+def split_of(stage: str) -> Split:
+    """Return the split whose rows a stage scores."""
+    return "test" if stage == TEST else "validation"
+
+
+def majority_record(corpus: Corpus, split: Split = "validation") -> EvaluationRecord:
+    """Return what always giving the most common training answer of each task would score."""
     scores = {
-        corpus.tasks[index].task.name: majority_score(
-            corpus.tasks[index].task, corpus.tasks[index].train.examples, found.examples
-        )
-        for index, found in rows.items()
+        loaded.task.name: majority_score(loaded.task, loaded.train.examples, loaded.scored(split).examples)
+        for loaded in corpus.tasks
+        if loaded.scored(split).examples
     }
-    return EvaluationRecord(0, MAJORITY, scores, _samples(corpus, rows), 0.0)
+    return EvaluationRecord(0, MAJORITY, scores, _samples(corpus, split), 0.0)
 
 
-def _rows(corpus: Corpus, stage: str) -> Mapping[int, EncodedSplit]:
-    """Return task index -> the rows that a stage scores."""
-    if stage != TEST:
-        return dict(enumerate(loaded.validation for loaded in corpus.tasks))
-    found = {index: split for index, split in enumerate(corpus.tests) if split is not None}
-    if not found:
-        raise DataError(f"none of the tasks has test rows: {', '.join(corpus.names)}; score their validation split")
-    return found
-
-
-def _samples(corpus: Corpus, rows: Mapping[int, EncodedSplit]) -> dict[str, int]:
-    return {corpus.tasks[index].task.name: len(split.encoded) for index, split in rows.items()}
+def _samples(corpus: Corpus, split: Split) -> dict[str, int]:
+    sizes = {loaded.task.name: len(loaded.scored(split).encoded) for loaded in corpus.tasks}
+    return {task: size for task, size in sizes.items() if size}

@@ -1,8 +1,9 @@
 """What a generator is: task ids in, the weights of every site out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hyperscale.model.adapters.kinds import AdapterKind, TensorSpec
@@ -20,6 +21,10 @@ class Generator(Protocol):
         """Return fp32 weights of all sites for K task ids, int64 [K], in one batched call."""
         ...
 
+    def task_parameters(self) -> tuple[str, ...]:
+        """Return the names of the parameters that hold a row for each task, and nothing else."""
+        ...
+
 
 def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind]) -> GroupSpecs:
     """List the tensors that a generator has to make."""
@@ -28,6 +33,31 @@ def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind]) -> GroupSpecs:
         group: by_name[sites[0].kind].tensors(sites[0].in_features, sites[0].out_features)
         for group, sites in site_map.groups.items()
     }
+
+
+def keep_known_tasks(generator: Any, num_known: int) -> Mapping[str, int]:
+    """Leave only what belongs to the tasks from `num_known` on to be trained.
+
+    Returns:
+        Parameter name -> how many of its first rows must not move.
+    """
+    rows = dict.fromkeys(generator.task_parameters(), num_known)
+    for name, parameter in generator.named_parameters():
+        parameter.requires_grad_(name in rows)
+    return rows
+
+
+def with_new_tasks(generator: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of a generator of more tasks: what `known` holds, and new rows as they are now.
+
+    Args:
+        generator: newly built for all tasks, those of `known` first.
+        known: state of a generator that differs in the number of tasks alone.
+    """
+    state: dict[str, Tensor] = dict(generator.state_dict())
+    for name in generator.task_parameters():
+        state[name] = torch.cat([known[name], state[name][len(known[name]) :].cpu()])
+    return {name: state[name] if name in generator.task_parameters() else known[name] for name in state}
 
 
 def num_parameters(module: nn.Module) -> int:

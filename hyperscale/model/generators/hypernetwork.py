@@ -101,6 +101,10 @@ class Hypernetwork(nn.Module):
             weights.update(generator(task_codes))
         return weights
 
+    def task_parameters(self) -> tuple[str, ...]:
+        """Return the name of the task embeddings."""
+        return ("task_encoder.embedding.weight",)
+
 
 def _by_stack(site_map: SiteMap) -> dict[str, SiteMap]:
     return {stack: SiteMap(tuple(site for site in site_map.sites if site.stack == stack)) for stack in site_map.stacks}

@@ -46,6 +46,10 @@ class Independent(nn.Module):
         """Return the weights of task ids [K]."""
         return self.table.rows(task_index)
 
+    def task_parameters(self) -> tuple[str, ...]:
+        """Return all names: every parameter holds a row for each task."""
+        return tuple(name for name, _ in self.named_parameters())
+
 
 class Shared(nn.Module):
     """All tasks have the same adapter weights; the task index is not looked at."""
@@ -57,3 +61,7 @@ class Shared(nn.Module):
     def forward(self, task_index: Tensor) -> Weights:
         """Return the one set of weights, [K, S, …] for K task ids."""
         return self.table.rows(torch.zeros_like(task_index))
+
+    def task_parameters(self) -> tuple[str, ...]:
+        """Return nothing: no parameter belongs to one task."""
+        return ()

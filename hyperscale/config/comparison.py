@@ -1,0 +1,79 @@
+"""A comparison: methods, learning rates and seeds over one recipe, each method with the same budget."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from hyperscale.config.problems import describe
+from hyperscale.config.section import Section
+from hyperscale.config.yaml_file import read_mapping
+from hyperscale.errors import ConfigError, nearest
+
+
+class Method(Section):
+    """What one method changes in the recipe."""
+
+    settings: Mapping[str, Any] = {}
+    """Dotted key -> value, such as `adaptation.generator.kind: shared`."""
+    single_task: bool = False
+    """One run per task, each with its share of the steps, instead of one run for all tasks."""
+
+
+class Comparison(Section):
+    """One YAML file describes one comparison.
+
+    Every method trains at every learning rate with `search_seed`; the rate with the best mean validation score then
+    trains once per seed of `seeds`. All runs have the recipe's steps, batch size and tasks.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = Field(min_length=1)
+    """Folder of the runs and of the table, relative to this file."""
+    recipe: str = Field(min_length=1)
+    """A packaged recipe, or a file relative to this one."""
+    settings: Mapping[str, Any] = {}
+    """Dotted key -> value, for all methods."""
+    methods: Mapping[str, Method] = Field(min_length=2)
+    baseline: str
+    """The method that the others are compared with."""
+    learning_rates: tuple[float, ...] = Field(min_length=1)
+    search_seed: int = Field(default=0, ge=0)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    split: Literal["validation", "test"] = "test"
+    """Rows of the final scores. Learning rates are always chosen on the validation rows."""
+    resamples: int = Field(default=2000, ge=100)
+    """Bootstrap samples of the intervals."""
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        problems = []
+        if self.baseline not in self.methods:
+            hint = nearest(self.baseline, self.methods)
+            problems.append(f"baseline '{self.baseline}' is none of the methods {', '.join(self.methods)}.{hint}")
+        for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                problems.append(f"{name} lists a value more than once")
+        if len(self.learning_rates) > 1 and self.search_seed in self.seeds:
+            problems.append(f"search_seed {self.search_seed} is among seeds; the final seeds must be fresh")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def load_comparison(path: Path) -> Comparison:
+    """Read a comparison; `output` and a recipe that is a file become absolute.
+
+    Raises:
+        ConfigError: one line per problem, with its path, the value and what is allowed.
+    """
+    try:
+        comparison = Comparison.model_validate(read_mapping(path, "a comparison", ConfigError))
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(error, Comparison, str(path)))) from error
+    folder = path.absolute().parent
+    beside = folder / comparison.recipe
+    recipe = str(beside) if beside.is_file() else comparison.recipe
+    output = str(folder / Path(comparison.output).expanduser())
+    return comparison.model_copy(update={"recipe": recipe, "output": output})

@@ -1,0 +1,111 @@
+"""`hyperscale adapt`: an earlier run's generator takes up new tasks.
+
+The new run is an ordinary one: its recipe says in `start` what it begins from, so that it resumes, is tracked and
+exports as any other.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hyperscale.checkpoint.manifest import check_manifest
+from hyperscale.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
+from hyperscale.config.loading import change_recipe, parse_recipe
+from hyperscale.config.run import Recipe
+from hyperscale.errors import ConfigError
+from hyperscale.export.exporter import restore_generator
+from hyperscale.launch.training_run import Session
+from hyperscale.model.generators.generator import with_new_tasks
+
+
+def adapted_recipe(
+    path: str, tasks: Sequence[str], train: str, old_share: float, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Return the recipe of a run that teaches a checkpoint new tasks.
+
+    Args:
+        path: a checkpoint, or a run folder for its newest one.
+        tasks: names or files of the new tasks.
+        train: `new_tasks` or `everything`, as in `start.train`.
+        old_share: share of the samples that the known tasks get, in equal parts; 0 with `new_tasks`.
+        overrides: `dotted.key=value` for anything else; `output` is by default beside the old run folder.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        ConfigError: a task that it knows already, a share that makes no sense, or an override that is wrong.
+    """
+    found = find_checkpoint(path)
+    checkpoint = load_checkpoint(found, only=())
+    before = parse_recipe(checkpoint.recipe, f"the recipe of {found}")
+    known = before.data.tasks
+    files = [str(Path(task).absolute()) if Path(task).suffix in (".yaml", ".yml") else task for task in tasks]
+    again = [task for task in files if task in known or Path(task).stem in checkpoint.manifest["tasks"]]
+    if again:
+        raise ConfigError(f"--task {again[0]}: the checkpoint was trained for it; go on with: train RECIPE --resume")
+    if not 0 <= old_share < 1 or (old_share and train == "new_tasks"):
+        raise ConfigError(
+            f"--old-share {old_share:g}: a number from 0 to below 1, and 0 unless with --train everything, since known "
+            "tasks cannot change otherwise"
+        )
+    label = "-".join(Path(task).stem for task in files)
+    folder = Path(before.output)
+    changes: Mapping[str, Any] = {
+        "name": f"{before.name}-{label}",
+        "output": str(folder.with_name(f"{folder.name}-{label}")),
+        "data.tasks": [*known, *files],
+        "data.mixture.weights": [old_share / len(known)] * len(known) + [(1 - old_share) / len(files)] * len(files),
+        "start": {"checkpoint": str(Path(path).absolute()) if "://" not in path else path}
+        | {"known_tasks": len(known), "train": train},
+    }
+    return change_recipe(before, changes, overrides, "the adapted recipe")
+
+
+def begin_from_known_tasks(session: Session) -> list[Mapping[str, Any] | None]:
+    """Load the generator that the recipe starts from; every rank calls this.
+
+    Returns:
+        Per task where its weights are from, if this run leaves them untouched.
+
+    Raises:
+        CheckpointError: its backbone, sites, generator or tasks are other ones.
+    """
+    start = session.recipe.start
+    assert start is not None, "only runs with a start call this"
+    base = load_checkpoint(find_checkpoint(start.checkpoint), only=("generator",))
+    present = {**session.manifest, "tasks": session.manifest["tasks"][: start.known_tasks]}
+    check_manifest(base.manifest, present)
+    generator = with_new_tasks(session.engine.model.generator, base.tensors["generator"])
+    session.engine.load_state({"generator": generator, "optimizer": {}})
+    new: list[Mapping[str, Any] | None] = [None] * (len(session.manifest["tasks"]) - start.known_tasks)
+    return [*_origins(base, start.known_tasks), *new] if start.train == "new_tasks" else []
+
+
+def _origins(base: Checkpoint, known: int) -> list[Mapping[str, Any]]:
+    """Return the run that made each task's weights, which may itself have left some untouched."""
+    own = {"recipe": base.recipe, "step": base.step}
+    return [earlier or own for earlier in base.state.get("origins") or [None] * known]
+
+
+def nearest_tasks(path: str, num_new: int, count: int = 3) -> dict[str, list[tuple[str, float]]]:
+    """Return the tasks whose embeddings are most like those of a checkpoint's last `num_new` tasks, with the cosine.
+
+    The nearest first. Empty for a generator without task embeddings.
+    """
+    trained = restore_generator(load_checkpoint(find_checkpoint(path), only=("generator",)))
+    encoder = getattr(trained.generator, "task_encoder", None)
+    if encoder is None:
+        return {}
+    tasks = [task.name for task in trained.tasks]
+    with torch.no_grad():
+        codes = F.normalize(encoder(torch.arange(len(tasks))), dim=-1)
+    likeness = codes @ codes.T
+    return {
+        name: sorted(
+            ((other, float(likeness[tasks.index(name), place])) for place, other in enumerate(tasks) if other != name),
+            key=lambda pair: -pair[1],
+        )[:count]
+        for name in tasks[-num_new:]
+    }

@@ -1,0 +1,188 @@
+"""`hyperscale compare`: the same recipe under several methods and seeds, with equal budgets, run by run.
+
+A run that has finished is not run again, one that was stopped goes on: a comparison continues where it stood.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyperscale.config.comparison import Comparison, Method
+from hyperscale.config.loading import dump_recipe, load_recipe, parse_recipe, render_recipe
+from hyperscale.config.run import Recipe
+from hyperscale.config.yaml_file import read_mapping
+from hyperscale.errors import ConfigError, HyperscaleError, RunFolderError
+from hyperscale.launch.context import RESULT, RunResult, read_result
+from hyperscale.logger import get_logger
+from hyperscale.tracking.metrics import main_score
+from hyperscale.tracking.params import flatten
+from hyperscale.train.callbacks import EvaluationRecord
+from hyperscale.train.evaluation import VALIDATION
+
+_logger = get_logger(__name__)
+
+RunRecipe = Callable[[Recipe, Path], RunResult]
+"""Trains a recipe, which is also a file, in its run folder, going on with what lies there."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method at one learning rate with one seed: one run, or one per task."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    recipes: tuple[Recipe, ...]
+
+
+@dataclass(frozen=True)
+class FinishedTrial:
+    """A trial and what its runs left."""
+
+    trial: Trial
+    results: tuple[RunResult, ...]
+
+    @property
+    def validation(self) -> float:
+        """Mean over the tasks of the last validation score, in percent."""
+        scores = [score for result in self.results for score in _main_scores(result).values()]
+        return sum(scores) / len(scores)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All trials of a comparison."""
+
+    comparison: Comparison
+    search: Mapping[str, Sequence[FinishedTrial]]
+    """method -> its trials with the search seed; empty where there is one learning rate."""
+    final: Mapping[str, Sequence[FinishedTrial]]
+    """method -> its trials at the chosen learning rate, one per seed, in their order."""
+
+
+def check_comparison(comparison: Comparison) -> int:
+    """Build every recipe without running any; returns the number of runs to come.
+
+    Raises:
+        ConfigError: a setting that does not fit the recipe.
+    """
+    searched = len(comparison.learning_rates) if len(comparison.learning_rates) > 1 else 0
+    first = comparison.learning_rates[0]
+    return sum(
+        len(make_trial(comparison, method, first, comparison.search_seed).recipes) * (searched + len(comparison.seeds))
+        for method in comparison.methods
+    )
+
+
+def run_comparison(comparison: Comparison, run: RunRecipe) -> Outcome:
+    """Search each method's learning rate on validation, then train its seeds.
+
+    Raises:
+        HyperscaleError: a run failed; what has finished stays and is not run again.
+    """
+    total, done = check_comparison(comparison), 0
+
+    def finish(method: str, rate: float, seed: int) -> FinishedTrial:
+        nonlocal done
+        trial = make_trial(comparison, method, rate, seed)
+        results = []
+        for recipe in trial.recipes:
+            done += 1
+            _logger.info("run %d of %d: %s", done, total, recipe.name)
+            results.append(_finish_run(recipe, Path(comparison.output), run))
+        return FinishedTrial(trial, tuple(results))
+
+    search: dict[str, list[FinishedTrial]] = {}
+    final: dict[str, list[FinishedTrial]] = {}
+    for method in comparison.methods:
+        rate = comparison.learning_rates[0]
+        if len(comparison.learning_rates) > 1:
+            search[method] = [finish(method, rate, comparison.search_seed) for rate in comparison.learning_rates]
+            rate = max(search[method], key=lambda finished: finished.validation).trial.learning_rate
+        final[method] = [finish(method, rate, seed) for seed in comparison.seeds]
+    return Outcome(comparison, search, final)
+
+
+def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: int) -> Trial:
+    """Return the recipes of one trial, their paths absolute."""
+    name = f"{method}_lr{learning_rate:g}_seed{seed}"
+    settings: dict[str, Any] = {
+        **comparison.settings,
+        **comparison.methods[method].settings,
+        "training.optimizer.learning_rate": learning_rate,
+        "seed": seed,
+        "name": name,
+        "output": str(Path(comparison.output) / "runs" / name),
+        "training.evaluate_untouched": False,
+        "training.evaluate_test": comparison.split == "test",
+        "export.enabled": False,
+    }
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    recipe = load_recipe(comparison.recipe, overrides, folder=Path(comparison.output).parent)
+    return Trial(method, learning_rate, seed, _runs_of(recipe, comparison.methods[method]))
+
+
+def _runs_of(recipe: Recipe, method: Method) -> tuple[Recipe, ...]:
+    if not method.single_task:
+        return (recipe,)
+    tasks = recipe.data.tasks
+    steps, left = divmod(recipe.training.steps, len(tasks))
+    if left or not steps:
+        raise ConfigError(
+            f"single_task divides training.steps {recipe.training.steps} among {len(tasks)} tasks, which leaves a "
+            f"rest; use training.steps={max(1, round(recipe.training.steps / len(tasks))) * len(tasks)}"
+        )
+    recipes = []
+    for task in tasks:
+        raw = dump_recipe(recipe)
+        label = Path(task).stem
+        raw |= {"name": f"{recipe.name}_{label}", "output": f"{recipe.output}_{label}"}
+        raw["data"]["tasks"] = [task]
+        raw["training"]["steps"] = steps
+        raw["training"]["optimizer"]["warmup_steps"] = min(recipe.training.optimizer.warmup_steps, steps // 10)
+        recipes.append(parse_recipe(raw, f"{recipe.name}, task {label}"))
+    return tuple(recipes)
+
+
+def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
+    """Return a run's result, running what is not done yet."""
+    folder = Path(recipe.output)
+    _refuse_another_recipe(recipe, folder)
+    if (folder / RESULT).is_file():
+        return read_result(recipe.output)
+    file = output / "recipes" / f"{recipe.name}.yaml"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(render_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"output={output} cannot be written: {error.strerror}; choose another folder") from error
+    try:
+        return run(recipe, file)
+    except HyperscaleError as error:
+        raise type(error)(
+            f"run {recipe.name} failed: {error}\nWhat has finished stays; the same command goes on from here"
+        ) from error
+
+
+def _refuse_another_recipe(recipe: Recipe, folder: Path) -> None:
+    """A run of other settings under the same name must not count as this one's."""
+    earlier = folder / "recipe.yaml"
+    if not earlier.is_file():
+        return
+    was = flatten(read_mapping(earlier, "a recipe", ConfigError))
+    now = flatten(dump_recipe(recipe))
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    if changed:
+        first = changed[0]
+        raise RunFolderError(
+            f"{folder} holds a run of other settings ({first} was {was.get(first)}, is {now.get(first)}); "
+            "choose another output, or delete that run to have it run again"
+        )
+
+
+def _main_scores(result: RunResult) -> dict[str, float]:
+    records = [EvaluationRecord(**record) for record in result.evaluations]
+    last = next(record for record in reversed(records) if record.stage == VALIDATION)
+    return {task: score for task, scores in last.scores.items() if (score := main_score(scores)) is not None}

@@ -1,0 +1,231 @@
+"""What a comparison found, as numbers, as Markdown and for MLflow."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
+from hyperscale.data.bootstrap import Scores, draw, interval, resampled_scores
+from hyperscale.data.tasks import Task
+from hyperscale.launch.compare import FinishedTrial, Outcome
+from hyperscale.launch.predictions import TaskAnswers, read_predictions
+from hyperscale.launch.worker import tell_comparison
+from hyperscale.tracking.formats import counted, duration
+from hyperscale.tracking.jsonl import read_entries
+from hyperscale.tracking.metrics import key_part
+from hyperscale.tracking.provenance import package_versions
+from hyperscale.train.callbacks import StepRecord
+
+_SEED = 20261125
+"""Of the bootstrap: the same runs give the same intervals."""
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One row of the table."""
+
+    method: str
+    learning_rate: float
+    search: Mapping[float, float]
+    """learning rate -> mean validation score in percent with the search seed."""
+    task_scores: Mapping[str, Sequence[float]]
+    """task -> main score in percent, one per seed."""
+    means: Sequence[float]
+    """Mean over the tasks, one per seed."""
+    difference: float
+    """Of the mean to the baseline's, in points."""
+    interval: tuple[float, float]
+    """The middle 95 % of the difference over resampled rows and seeds."""
+    parameters_per_task: float
+    """Trained parameters divided by the tasks that share them."""
+    tokens_per_second: float
+    """Real tokens, all ranks."""
+    seconds: float
+    """Of training steps alone, all of the method's final runs of one seed."""
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; 0 with one seed."""
+        return statistics.stdev(self.means) if len(self.means) > 1 else 0.0
+
+    @property
+    def verdict(self) -> str:
+        """`equal` where the interval holds 0."""
+        low, high = self.interval
+        return "equal" if low <= 0 <= high else "above" if low > 0 else "below"
+
+
+def summarise(outcome: Outcome) -> list[MethodSummary]:
+    """Read the final predictions of all runs and compare every method with the baseline."""
+    comparison = outcome.comparison
+    answers = {
+        method: [_answers(trial, comparison.split) for trial in trials] for method, trials in outcome.final.items()
+    }
+    tasks = _tasks(next(iter(outcome.final.values()))[0])
+    resampled = _resample(answers, tasks, comparison.resamples)
+    observed = {method: _observed(found, tasks) for method, found in answers.items()}
+    summaries = []
+    for method, trials in outcome.final.items():
+        scores = observed[method]
+        means = [statistics.fmean(of_seed) for of_seed in zip(*scores.values(), strict=True)]
+        base = statistics.fmean(score for of_task in observed[comparison.baseline].values() for score in of_task)
+        tokens, seconds = _training(trials)
+        summaries.append(
+            MethodSummary(
+                method=method,
+                learning_rate=trials[0].trial.learning_rate,
+                search={found.trial.learning_rate: found.validation for found in outcome.search.get(method, ())},
+                task_scores=scores,
+                means=means,
+                difference=statistics.fmean(means) - base,
+                interval=interval(resampled[method] - resampled[comparison.baseline]),
+                parameters_per_task=sum(run.trained_parameters for run in trials[0].results) / len(tasks),
+                tokens_per_second=tokens / seconds if seconds else 0.0,
+                seconds=seconds / len(trials),
+            )
+        )
+    return summaries
+
+
+def _answers(finished: FinishedTrial, split: str) -> dict[str, TaskAnswers]:
+    return {
+        task: found for result in finished.results for task, found in read_predictions(result.folder, split).items()
+    }
+
+
+def _tasks(finished: FinishedTrial) -> dict[str, Task]:
+    """Return the tasks as they were trained, with the labels that were found in their rows."""
+    stored = [
+        Task.model_validate(task)
+        for result in finished.results
+        for task in load_checkpoint(find_checkpoint(result.folder), only=()).state["tasks"]
+    ]
+    return {task.name: task for task in stored}
+
+
+def _observed(answers: Sequence[Mapping[str, TaskAnswers]], tasks: Mapping[str, Task]) -> dict[str, list[float]]:
+    """Return task -> main score per seed."""
+    scores = {}
+    for name, task in tasks.items():
+        references = answers[0][name].references
+        every_row = np.arange(len(references))[None]
+        runs = [of_seed[name].predictions for of_seed in answers]
+        scores[name] = resampled_scores(task, references, runs, every_row)[:, 0].tolist()
+    return scores
+
+
+def _resample(
+    answers: Mapping[str, Sequence[Mapping[str, TaskAnswers]]], tasks: Mapping[str, Task], resamples: int
+) -> dict[str, Scores]:
+    """Return method -> mean score [R] over tasks and seeds, rows and seeds drawn alike for all methods."""
+    generator = np.random.default_rng(_SEED)
+    num_seeds = len(next(iter(answers.values())))
+    seeds = draw(generator, resamples, num_seeds)
+    totals = {method: np.zeros(resamples) for method in answers}
+    for name, task in tasks.items():
+        references = next(iter(answers.values()))[0][name].references
+        rows = draw(generator, resamples, len(references))
+        for method, of_method in answers.items():
+            runs = [of_seed[name].predictions for of_seed in of_method]
+            scores = resampled_scores(task, references, runs, rows)
+            totals[method] += np.take_along_axis(scores, seeds.T, axis=0).mean(axis=0) / len(tasks)
+    return totals
+
+
+def _training(trials: Sequence[FinishedTrial]) -> tuple[int, float]:
+    """Return the real tokens and the seconds of all steps."""
+    steps = [
+        entry.record
+        for finished in trials
+        for result in finished.results
+        for entry in read_entries(result.folder)
+        if isinstance(entry.record, StepRecord)
+    ]
+    return sum(step.tokens for step in steps), sum(step.step_seconds for step in steps)
+
+
+def publish(outcome: Outcome) -> str:
+    """Write `comparison.md` and `comparison.json` beside the runs, tell MLflow, and return the Markdown."""
+    summaries = summarise(outcome)
+    text, output = markdown(outcome, summaries), Path(outcome.comparison.output)
+    files = [output / "comparison.md", output / "comparison.json"]
+    report = {"comparison": outcome.comparison.model_dump(mode="json"), "methods": [asdict(one) for one in summaries]}
+    files[0].write_text(text, encoding="utf-8")
+    files[1].write_text(json.dumps(report | {"versions": package_versions()}, indent=2) + "\n", encoding="utf-8")
+    recipe = next(iter(outcome.final.values()))[0].trial.recipes[0]
+    if recipe.tracking.mlflow.enabled:
+        tell_comparison(recipe, outcome.comparison.name, metrics(summaries), files)
+    return text
+
+
+def metrics(summaries: Sequence[MethodSummary]) -> dict[str, float]:
+    """Return the numbers for a tracker: `compare/<method>/…`."""
+    found: dict[str, float] = {}
+    for summary in summaries:
+        prefix = f"compare/{key_part(summary.method)}"
+        found |= {f"{prefix}/{key_part(task)}": statistics.fmean(of) for task, of in summary.task_scores.items()}
+        found |= {
+            f"{prefix}/mean": statistics.fmean(summary.means),
+            f"{prefix}/deviation": summary.deviation,
+            f"{prefix}/difference": summary.difference,
+            f"{prefix}/parameters_per_task": summary.parameters_per_task,
+            f"{prefix}/tokens_per_second": summary.tokens_per_second,
+        }
+    return found
+
+
+def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
+    """Return the table, with what a reader needs to trust it."""
+    comparison = outcome.comparison
+    first = next(iter(outcome.final.values()))[0]
+    recipe = first.trial.recipes[0]
+    tasks = list(summaries[0].task_scores)
+    samples = {task: len(found.references) for task, found in _answers(first, comparison.split).items()}
+    columns = ["method", "learning rate", "mean", f"against {comparison.baseline}", "95 % interval", "verdict"]
+    columns += [*tasks, "parameters a task", "tokens/s", "training"]
+    about = (
+        f"{counted(len(comparison.seeds), 'seed')} a method, {recipe.training.steps} steps × "
+        f"{recipe.training.batch_size} samples on {recipe.backbone.name}; main scores on the {comparison.split} rows "
+        f"in percent, mean ± standard deviation over the seeds. Learning rates were chosen on the validation rows with "
+        f"seed {comparison.search_seed}. Intervals: {comparison.resamples} paired resamples of rows and seeds; "
+        "`equal` means that the interval holds 0."
+    )
+    lines = [f"# {comparison.name}", "", about, ""]
+    lines += [
+        "Rows scored: " + ", ".join(f"{task} {samples[task]}" for task in tasks) + ".",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|---" * 2 + "|---:" * 3 + "|---" + "|---:" * (len(tasks) + 3) + "|",
+    ]
+    lines += [_row(summary, tasks, comparison.baseline) for summary in summaries]
+    if outcome.search:
+        lines += ["", "Mean validation score of the search, by learning rate:", ""]
+        lines += ["| method | " + " | ".join(f"{rate:g}" for rate in comparison.learning_rates) + " |"]
+        lines += ["|---" + "|---:" * len(comparison.learning_rates) + "|"]
+        lines += [
+            f"| {summary.method} | " + " | ".join(f"{score:.1f}" for score in summary.search.values()) + " |"
+            for summary in summaries
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(summary: MethodSummary, tasks: Sequence[str], baseline: str) -> str:
+    low, high = summary.interval
+    against = ["–", "–", "baseline"]
+    if summary.method != baseline:
+        against = [f"{summary.difference:+.1f}", f"{low:+.1f} … {high:+.1f}", summary.verdict]
+    cells = [
+        summary.method,
+        f"{summary.learning_rate:g}",
+        f"{statistics.fmean(summary.means):.1f} ± {summary.deviation:.1f}",
+        *against,
+        *(f"{statistics.fmean(summary.task_scores[task]):.1f}" for task in tasks),
+        f"{summary.parameters_per_task:,.0f}",
+        f"{summary.tokens_per_second:,.0f}",
+        duration(summary.seconds),
+    ]
+    return "| " + " | ".join(cells) + " |"
