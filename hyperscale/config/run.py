@@ -41,10 +41,10 @@ class Recipe(Section):
             f"adaptation.adapters lists the kind '{kind}' more than once; put all its targets in one entry"
             for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1})
         ]
-        if self.export.format == "peft" and set(kinds) != {"lora"}:
-            others = ", ".join(sorted(set(kinds) - {"lora"}))
+        if self.export.format == "peft" and set(kinds) not in ({"lora"}, {"ia3"}, {"prefix"}):
             problems.append(
-                f"export.format 'peft' cannot express {others}; use 'native' or 'auto', or keep only lora adapters"
+                f"export.format 'peft' cannot express {' + '.join(dict.fromkeys(kinds))}; use 'native' or 'auto', "
+                "or keep only lora, only ia3 or only prefix adapters"
             )
         ranks = self.cluster.workers * self.training.micro_batch_size
         if self.training.batch_size % ranks:

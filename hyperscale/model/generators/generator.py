@@ -1,7 +1,8 @@
 """What a generator is: task ids in, the weights of every site out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,14 @@ class Generator(Protocol):
         ...
 
 
-def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind]) -> GroupSpecs:
-    """List the tensors that a generator has to make."""
+def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind], init: Literal["zero", "paper"] = "zero") -> GroupSpecs:
+    """List the tensors that a generator has to make, each with the start that `init` asks for."""
     by_name = {kind.name: kind for kind in kinds}
     return {
-        group: by_name[sites[0].kind].tensors(sites[0].in_features, sites[0].out_features)
+        group: {
+            name: replace(spec, start=spec.published or spec.start) if init == "paper" else spec
+            for name, spec in by_name[sites[0].kind].tensors(sites[0].in_features, sites[0].out_features).items()
+        }
         for group, sites in site_map.groups.items()
     }
 
