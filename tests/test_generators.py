@@ -39,7 +39,7 @@ def settings(kind: str, family: str) -> AdaptationSettings:
     return AdaptationSettings.model_validate(
         {
             "generator": GENERATOR_SETTINGS[kind],
-            "task_encoder": {"dim": 6},
+            "task_encoder": {"kind": "table", "dim": 6},
             "adapters": [
                 {"kind": "bottleneck", "reduction": 8},
                 {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": FAMILIES[family]},

@@ -66,7 +66,7 @@ def settings(kind: str, family: str, generator: str, **more: Any) -> AdaptationS
     return AdaptationSettings.model_validate(
         {
             "generator": GENERATORS[generator],
-            "task_encoder": {"dim": 6},
+            "task_encoder": {"kind": "table", "dim": 6},
             "adapters": adapters(kind, family),
             **more,
         }

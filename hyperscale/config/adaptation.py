@@ -71,6 +71,16 @@ class TaskTableSettings(Section):
     dim: int = Field(default=64, ge=1)
 
 
+class TaskTextSettings(Section):
+    """A projection of features of each task's description."""
+
+    kind: Literal["text"] = "text"
+    dim: int = Field(default=64, ge=1)
+
+
+TaskEncoderSettings = Annotated[TaskTableSettings | TaskTextSettings, Field(discriminator="kind")]
+
+
 class HypernetworkSettings(Section):
     """One network for all layers and positions of a stack (HyperFormer++, arXiv 2106.04489).
 
@@ -118,7 +128,7 @@ class AdaptationSettings(Section):
     """Generator, task encoder and adapter kinds; comparing methods is changing `generator.kind`."""
 
     generator: GeneratorSettings = HypernetworkSettings()
-    task_encoder: TaskTableSettings = TaskTableSettings()
+    task_encoder: TaskEncoderSettings = TaskTableSettings()
     adapters: tuple[AdapterSettings, ...] = Field(default=(LoraSettings(),), min_length=1)
     init: Literal["zero", "paper"] = "zero"
     """`zero`: at step 0 the adapted model is the backbone, but for a prefix; `paper`: the start that each method's

@@ -26,7 +26,7 @@ from hyperscale.logger import get_logger
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.backbone import DTYPES
-from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.generators.registry import build_generator, stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -76,8 +76,9 @@ def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
     site_map = SiteMap.from_json(checkpoint.manifest["site_map"])
     tasks = tuple(Task.model_validate(task) for task in checkpoint.state["tasks"])
     kinds = build_kinds(recipe.adaptation.adapters)
-    generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed)
     tensors: dict[str, Tensor] = dict(checkpoint.tensors["generator"])
+    features = stored_features(tensors)
+    generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed, features)
     generator.load_state_dict(tensors, strict=True)
     origins = tuple(map(_origin, checkpoint.state.get("origins") or [None] * len(tasks)))
     backbone = dict(checkpoint.manifest["backbone"])

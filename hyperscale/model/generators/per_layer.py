@@ -9,7 +9,7 @@ from hyperscale.model.generators.generator import GroupSpecs
 from hyperscale.model.generators.heads import SiteHeads
 from hyperscale.model.generators.starts import start_trunk
 from hyperscale.model.sites import SiteMap
-from hyperscale.model.task_encoders.table import TaskTable
+from hyperscale.model.task_encoders.registry import TaskEncoder
 from hyperscale.model.weights import Weights
 
 
@@ -19,7 +19,7 @@ class PerLayer(nn.Module):
     def __init__(
         self,
         settings: PerLayerSettings,
-        task_encoder: TaskTable,
+        task_encoder: TaskEncoder,
         site_map: SiteMap,
         specs: GroupSpecs,
         init: Literal["zero", "paper"] = "zero",
