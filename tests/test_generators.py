@@ -43,6 +43,7 @@ def settings(kind: str, family: str) -> AdaptationSettings:
             "adapters": [
                 {"kind": "bottleneck", "reduction": 8},
                 {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": FAMILIES[family]},
+                {"kind": "prefix", "length": 2},
             ],
         }
     )

@@ -15,6 +15,10 @@ from transformers.cache_utils import EncoderDecoderCache
 from hyperscale.config.adaptation import PrefixSettings
 from hyperscale.model.adapters.kinds import Place, TensorSpec
 
+_SCALE = 10.0
+"""Factor on what is learned, so that a prefix takes the rates of the other kinds. Measured without it on SmolLM2-135M,
+25 steps from a loss of 8.6: stored rows reach 6.9 at a rate of 3e-3, 2.9 at 1e-2 and 1.0 at 3e-2."""
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -38,7 +42,7 @@ class Prefix:
 
     def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
         """Rows [P, out], `out` being the width of all key and value heads together."""
-        return {"rows": TensorSpec((self.settings.length, out_features), "normal")}
+        return {"rows": TensorSpec((self.settings.length, out_features), "normal", scale=_SCALE)}
 
     def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         rows = weights["rows"]

@@ -9,7 +9,8 @@
 | lora_a | U(±1 / √fan_in) | weight U(±1 / √E), no bias | LoRA's and HyperLoader's code (Kaiming, a = √5) |
 | lora_b | 0 | weight 0, no bias | the same |
 
-A `normal` tensor of a head is carried by the bias, so that tasks start alike and rank-wide.
+A `normal` tensor of a head is carried by the bias, so that tasks start alike and rank-wide. Where a tensor has a scale,
+what is learned starts divided by it: the table says what the adapter gets.
 """
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def start_stored(tensor: Tensor, spec: TensorSpec) -> None:
     """Fill a tensor [.., *shape] of stored weights."""
     match spec.start:
         case "normal":
-            nn.init.normal_(tensor, std=spec.fan_in**-0.5)
+            nn.init.normal_(tensor, std=spec.fan_in**-0.5 / spec.scale)
         case "adapter":
             nn.init.trunc_normal_(tensor, std=_ADAPTER_STD, a=-2 * _ADAPTER_STD, b=2 * _ADAPTER_STD)
         case "lora_a":
@@ -47,9 +48,9 @@ def start_head(weight: Tensor, bias: Tensor | None, spec: TensorSpec) -> None:
         case "lora_a":
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
         case "normal" | "adapter" | "adapter_bias":
-            nn.init.normal_(weight, std=HEAD_STD)
+            nn.init.normal_(weight, std=HEAD_STD / spec.scale)
     if bias is not None and spec.start == "normal":
-        nn.init.normal_(bias, std=spec.fan_in**-0.5)
+        nn.init.normal_(bias, std=spec.fan_in**-0.5 / spec.scale)
     elif bias is not None:
         nn.init.zeros_(bias)
 
