@@ -15,8 +15,12 @@ from torch import Tensor
 from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 from hyperscale.model.adapters.norm_delta import rms_normalised
+from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import set_activation_checkpointing
 from hyperscale.model.decoding import greedy_decode
+from hyperscale.model.generators.generator import keep_known_tasks, with_new_tasks
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.weights import tensors_of
 from tests import plain, tiny
 
 NUM_TASKS = 3
@@ -208,6 +212,25 @@ def test_norms_belong_to_all_tasks_or_to_each(family: str, folder: Path):
         assert {tensor.shape[0] for tensor in deltas} == {sets}
         sites = [site for site in adapted.site_map.sites if site.kind == "norm_delta"]
         assert sum(tensor[0].numel() for tensor in deltas) == 32 * len(sites)
+
+
+@every_generator
+def test_more_tasks_leave_the_known_ones_to_the_bit(generator: str, family: str, folder: Path):
+    chosen = settings("all", family, generator)
+    known = model(folder, chosen)
+    tiny.disturb(known.generator)
+    kinds, state = build_kinds(chosen.adapters), known.generator.state_dict()
+    more = build_generator(chosen, known.site_map, kinds, NUM_TASKS + 2, seed=1)
+    more.load_state_dict(with_new_tasks(more, state), strict=True)
+    tasks = torch.arange(NUM_TASKS)
+    for one, other in zip(tensors_of(known.generate(tasks)), tensors_of(more(tasks)), strict=True):
+        assert torch.equal(one, other)
+    rows = keep_known_tasks(more, NUM_TASKS)
+    expected = {"independent": set(dict(more.named_parameters())), "shared": set()}
+    embeddings = {"generated.task_encoder.embedding.weight"}
+    assert rows.keys() == expected.get(generator, embeddings)
+    assert {name for name, parameter in more.named_parameters() if parameter.requires_grad} == rows.keys()
+    assert all(len(more.get_parameter(name)) == NUM_TASKS + 2 for name in rows)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hyperscale.config.adaptation import AdaptationSettings, TaskEncoderSettings
 from hyperscale.errors import ConfigError
 from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.generators.generator import keep_known_tasks, with_new_tasks
 from hyperscale.model.generators.registry import build_generator, stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.task_encoders.registry import TASK_ENCODERS
@@ -90,6 +91,18 @@ def test_a_task_that_was_never_trained(site_map: SiteMap):
     for tensor in tensors_of(made(torch.cat([ids, torch.tensor([1])]))):
         assert not torch.equal(tensor[0], tensor[1])
         torch.testing.assert_close(tensor[2], tensor[3], rtol=1e-6, atol=1e-6)  # the same words, the same task
+
+
+def test_more_described_tasks_leave_the_known_ones_to_the_bit(site_map: SiteMap):
+    known = build(settings("hypernetwork"), site_map, features())
+    tiny.disturb(known)
+    every = torch.cat([features(), features(NUM_TASKS + 2)[NUM_TASKS:]])
+    more = build(settings("hypernetwork"), site_map, every, NUM_TASKS + 2)
+    more.load_state_dict(with_new_tasks(more, known.state_dict()), strict=True)
+    for one, other in zip(tensors_of(known(torch.arange(4))), tensors_of(more(torch.arange(4))), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(more.task_encoder.features, every)
+    assert keep_known_tasks(more, NUM_TASKS) == {}
 
 
 def test_what_text_refuses(site_map: SiteMap):

@@ -78,6 +78,11 @@ class Recipe(Section):
                     "start.train 'new_tasks' cannot be used with the generator 'shared', which has no weights of one "
                     "task alone; use start.train=everything"
                 )
+            if self.adaptation.task_encoder.kind == "text" and self.adaptation.generator.kind != "independent":
+                problems.append(
+                    "start.train 'new_tasks' has nothing to train with adaptation.task_encoder.kind 'text': its "
+                    "description is all that a task has of its own; use start.train=everything"
+                )
             if any((self.data.mixture.weights or (1.0,))[:known]):
                 problems.append(
                     "start.train 'new_tasks' learns nothing from the known tasks: set their data.mixture.weights to 0"

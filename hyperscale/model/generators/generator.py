@@ -23,7 +23,7 @@ class Generator(Protocol):
         ...
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the names of the parameters that hold a row for each task, and nothing else."""
+        """Return the names of the tensors, trained or not, that hold a row for each task, and nothing else."""
         ...
 
 
@@ -45,10 +45,10 @@ def keep_known_tasks(generator: Any, num_known: int) -> Mapping[str, int]:
     Returns:
         Parameter name -> how many of its first rows must not move.
     """
-    rows = dict.fromkeys(generator.task_parameters(), num_known)
+    of_tasks = generator.task_parameters()
     for name, parameter in generator.named_parameters():
-        parameter.requires_grad_(name in rows)
-    return rows
+        parameter.requires_grad_(name in of_tasks)
+    return {name: num_known for name, parameter in generator.named_parameters() if parameter.requires_grad}
 
 
 def with_new_tasks(generator: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -123,8 +123,8 @@ class Hypernetwork(nn.Module):
         return weights
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the name of the task embeddings."""
-        return ("task_encoder.embedding.weight",)
+        """Return the name of what the task encoder keeps of each task."""
+        return (f"task_encoder.{self.task_encoder.rows}",)
 
 
 def _by_stack(site_map: SiteMap) -> dict[str, SiteMap]:

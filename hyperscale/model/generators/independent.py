@@ -84,6 +84,11 @@ class Together(nn.Module):
         kept: Weights = self.kept(task_index)
         return {**generated, **kept}
 
+    @property
+    def task_encoder(self) -> nn.Module | None:
+        """What makes the generator's task codes, if it has any."""
+        return getattr(self.generated, "task_encoder", None)
+
     def task_parameters(self) -> tuple[str, ...]:
         """Return the names of both parts."""
         parts = {"generated": self.generated, "kept": self.kept}

@@ -52,5 +52,5 @@ class PerLayer(nn.Module):
         }
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the name of the task embeddings."""
-        return ("task_encoder.embedding.weight",)
+        """Return the name of what the task encoder keeps of each task."""
+        return (f"task_encoder.{self.task_encoder.rows}",)

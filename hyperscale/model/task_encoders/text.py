@@ -15,6 +15,8 @@ class TaskText(nn.Module):
     and their spread are part of the generator's state: a checkpoint needs no backbone to make its tasks' codes.
     """
 
+    rows = "features"
+    """Name of the tensor with a row for each task."""
     features: Tensor
     centre: Tensor
     spread: Tensor
