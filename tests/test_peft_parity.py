@@ -74,7 +74,9 @@ def exported(recipe: Recipe, model: AdaptedModel, corpus: Corpus, output: Path) 
         "model_type": model.architecture.model_type,
     }
     tasks = tuple(loaded.task for loaded in corpus.tasks)
-    return export_bundles(TrainedGenerator(recipe, model.site_map, model.generator, tasks, backbone, 3), output)
+    origins = (None,) * len(tasks)
+    trained_here = TrainedGenerator(recipe, model.site_map, model.generator, tasks, backbone, 3, origins)
+    return export_bundles(trained_here, output)
 
 
 def load_peft(recipe: Recipe, bundle: Path) -> Any:

@@ -87,7 +87,14 @@ def held_by(engine: Engine) -> int:
 ACCUMULATED = {"training": {"micro_batch_size": 2}}  # two micro-batches on each of two ranks
 AT_ONCE = {"training": {"micro_batch_size": 4}}
 CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
-SUM = {"training": {"micro_batch_size": 4, "loss": "token_sum", "label_smoothing": 0.1}}
+SUM = {
+    "training": {
+        "micro_batch_size": 4,
+        "loss": "token_sum",
+        "label_smoothing": 0.1,
+        "optimizer": {"warmup_steps": 1, "learning_rate": 3e-4},
+    }
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{family}{name}": (family, changes)
     for family in ("llama", "t5")
