@@ -136,6 +136,7 @@ def test_native_bundles_say_what_peft_cannot(run: Recipe, trained: TrainedGenera
         ("llama", [{"kind": "ia3"}], None),
         ("llama", [{"kind": "prefix"}], None),
         ("t5", [{"kind": "ia3"}], None),
+        ("llama", [{"kind": "ia3", "targets": ["down", "feed_forward"]}], "ia3 adapters on both sides of one layer"),
         ("t5", [{"kind": "prefix"}], "prefix adapters of an encoder-decoder: PEFT gives its layers each other's"),
         ("llama", [{"kind": "lora"}, {"kind": "ia3"}], "lora and ia3 adapters together: one PEFT folder is one method"),
         ("t5", [{"kind": "lora"}, {"kind": "norm_delta"}], "norm_delta adapters: PEFT has no such type"),

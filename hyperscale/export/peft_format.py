@@ -42,6 +42,8 @@ def unsayable(site_map: SiteMap, architecture: Architecture) -> str | None:
         return f"{', '.join(others)} adapters: PEFT has no such type"
     if len(kinds) > 1:
         return f"{' and '.join(kinds)} adapters together: one PEFT folder is one method"
+    if kinds == ["ia3"] and len({site.name for site in site_map.sites}) < len(site_map.sites):
+        return "ia3 adapters on both sides of one layer: PEFT has one vector for each"
     if kinds == ["prefix"] and architecture.is_encoder_decoder:
         return "prefix adapters of an encoder-decoder: PEFT gives its layers each other's prefixes"
     return None
