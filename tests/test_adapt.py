@@ -27,7 +27,13 @@ def place(tmp_path: Path, tiny_llama_folder: Path) -> Path:
         "name": "base",
         "output": str(tmp_path / "base"),
         "backbone": {"name": str(tiny_llama_folder), "dtype": "float32"},
-        "adaptation": {"adapters": [{"kind": "lora", "rank": 2, "alpha": 2}, {"kind": "bottleneck", "reduction": 8}]},
+        "adaptation": {
+            "adapters": [
+                {"kind": "lora", "rank": 2, "alpha": 2},
+                {"kind": "bottleneck", "reduction": 8},
+                {"kind": "norm_delta"},
+            ]
+        },
         "data": {"tasks": ["mood.yaml", "tone.yaml"]},
         "training": {
             "steps": 4,
@@ -67,7 +73,7 @@ def test_known_tasks_do_not_change_by_a_bit(kind: str, place: Path, capsys: pyte
     before, after = generator_of(place / "base"), generator_of(place / "base-style")
     assert before.keys() == after.keys()
     grown = {name for name in after if after[name].shape != before[name].shape}
-    assert grown == ({"task_encoder.embedding.weight"} if kind == "hypernetwork" else set(after))
+    assert grown == ({"generated.task_encoder.embedding.weight"} if kind == "hypernetwork" else set(after))
     for name, tensor in after.items():
         assert torch.equal(tensor[:2] if name in grown else tensor, before[name]), name
     bundles = {task: tree(place / "base/bundles" / task) for task in ("mood", "tone")}

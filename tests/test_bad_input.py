@@ -101,7 +101,10 @@ CASES = {
         ["recipe.yaml: training.stpes: unknown key (value 5). Did you mean 'steps'? Known: steps, batch_size"],
     ),
     "wrong type": (["training.steps=lots"], ["recipe.yaml: training.steps: 'lots' is not allowed", "valid integer"]),
-    "wrong word": (["adaptation.generator.kind=hyper"], ["adaptation.generator.kind", "hypernetwork, independent"]),
+    "wrong word": (
+        ["adaptation.generator.kind=hyper"],
+        ["adaptation.generator.kind", "hypernetwork, per_layer, independent"],
+    ),
     "sections disagree": (["training.batch_size=5"], ["training.batch_size 5 is no multiple of", "use 4 or 6"]),
     "override without value": (["training.steps"], ["'training.steps'", "dotted.key=value"]),
     "override of no YAML": (["training.steps=[1"], ["'training.steps=[1'", "not valid YAML"]),

@@ -15,6 +15,7 @@ from hyperscale.config.run import Recipe
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
 from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
+from hyperscale.export.peft_format import refuse_unless_sayable, unsayable
 from hyperscale.launch.local import train_in_process
 from tests import tiny
 from tests.runs import TASKS, make_recipe, write_tasks
@@ -123,9 +124,37 @@ def test_native_bundles_say_what_peft_cannot(run: Recipe, trained: TrainedGenera
     result = train_in_process(mixed, resume=False)
     assert {read_manifest(Path(bundle)).format for bundle in result.bundles.values()} == {"native"}
     both = restore_generator(load_checkpoint(result.checkpoint))
-    with pytest.raises(BundleError, match=r"'peft' cannot express bottleneck adapters.*format=native"):
+    with pytest.raises(BundleError, match=r"'peft' cannot express bottleneck adapters: PEFT has no.*format=native"):
         export_bundles(both, tmp_path / "none", format="peft")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "adapters", "reason"),
+    [
+        ("llama", [{"kind": "lora"}], None),
+        ("llama", [{"kind": "ia3"}], None),
+        ("llama", [{"kind": "prefix"}], None),
+        ("t5", [{"kind": "ia3"}], None),
+        ("llama", [{"kind": "ia3", "targets": ["down", "feed_forward"]}], "ia3 adapters on both sides of one layer"),
+        ("t5", [{"kind": "prefix"}], "prefix adapters of an encoder-decoder: PEFT gives its layers each other's"),
+        ("llama", [{"kind": "lora"}, {"kind": "ia3"}], "lora and ia3 adapters together: one PEFT folder is one method"),
+        ("t5", [{"kind": "lora"}, {"kind": "norm_delta"}], "norm_delta adapters: PEFT has no such type"),
+    ],
+)
+def test_what_peft_can_say(
+    family: str, adapters: list[dict[str, Any]], reason: str | None, request: pytest.FixtureRequest
+):
+    adapted = tiny.adapted_model(request.getfixturevalue(f"tiny_{family}_folder"), {"adapters": adapters})
+    found = unsayable(adapted.site_map, adapted.architecture)
+    if reason is None:
+        refuse_unless_sayable(adapted.site_map, adapted.architecture)
+        assert found is None
+    else:
+        assert found is not None
+        assert found.startswith(reason)
+        with pytest.raises(BundleError, match=rf"^export.format 'peft' cannot express {reason}"):
+            refuse_unless_sayable(adapted.site_map, adapted.architecture)
 
 
 def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hyperscale.config.adaptation import AdaptationSettings, GeneratorSettings
@@ -16,15 +16,17 @@ from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import ARCHITECTURES
 from hyperscale.model.generators.generator import group_specs, num_parameters
 from hyperscale.model.generators.registry import GENERATORS, build_generator
-from hyperscale.model.sites import Site, find_sites
+from hyperscale.model.sites import find_sites
 from hyperscale.model.weights import tensors_of
-from tests import tiny
+from tests import plain, tiny
 
 NUM_TASKS = 4
 SIZES = {"layer_dim": 5, "position_dim": 3, "hidden_dim": 11, "code_dim": 7}
 GENERATOR_SETTINGS: Mapping[str, dict[str, Any]] = {
     "hypernetwork": {"kind": "hypernetwork", **SIZES},
     "joint": {"kind": "hypernetwork", "stacks": "joint", **SIZES},
+    "by position": {"kind": "hypernetwork", "heads": "position", **SIZES},
+    "per_layer": {"kind": "per_layer", "hidden_dim": 11, "code_dim": 7},
     "independent": {"kind": "independent"},
     "shared": {"kind": "shared"},
 }
@@ -37,10 +39,11 @@ def settings(kind: str, family: str) -> AdaptationSettings:
     return AdaptationSettings.model_validate(
         {
             "generator": GENERATOR_SETTINGS[kind],
-            "task_encoder": {"dim": 6},
+            "task_encoder": {"kind": "table", "dim": 6},
             "adapters": [
                 {"kind": "bottleneck", "reduction": 8},
                 {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": FAMILIES[family]},
+                {"kind": "prefix", "length": 2},
             ],
         }
     )
@@ -59,42 +62,6 @@ def specs_of(adapted: AdaptedModel, chosen: AdaptationSettings) -> Mapping[str, 
     return group_specs(adapted.site_map, build_kinds(chosen.adapters))
 
 
-def plain_site(
-    kind: str, adapted: AdaptedModel, chosen: AdaptationSettings, task: int, site: Site
-) -> dict[str, Tensor]:
-    """Make one task's weights of one site from the generator's parameters, which are float64."""
-    parameters = dict(adapted.generator.named_parameters())
-    sites = adapted.site_map.sites
-    specs = specs_of(adapted, chosen)[site.group]
-    if kind in ("independent", "shared"):
-        index = [other for other in sites if other.group == site.group].index(site)
-        row = task if kind == "independent" else 0
-        tables = {name: parameters[f"table.{site.group.replace('/', '__')}__{name}"] for name in specs}
-        return {name: tables[name][row, index] * spec.scale for name, spec in specs.items()}
-    part = [other for other in sites if kind == "joint" or other.stack == site.stack]
-    root = f"stacks.{'joint' if kind == 'joint' else site.stack}"
-    blocks = list(dict.fromkeys((other.stack, other.layer) for other in part))
-    places = list(dict.fromkeys((other.kind, other.position) for other in part))
-    code = torch.cat(
-        [
-            parameters["task_encoder.embedding.weight"][task],
-            parameters[f"{root}.trunk.layer_embedding.weight"][blocks.index((site.stack, site.layer))],
-            parameters[f"{root}.trunk.position_embedding.weight"][places.index((site.kind, site.position))],
-        ]
-    )
-    project = f"{root}.trunk.project"
-    code = (parameters[f"{project}.0.weight"] @ code + parameters[f"{project}.0.bias"]).clamp(min=0)
-    code = parameters[f"{project}.2.weight"] @ code + parameters[f"{project}.2.bias"]
-    code = (code - code.mean()) / (code.var(correction=0) + 1e-6).sqrt()
-    code = code * parameters[f"{project}.3.weight"] + parameters[f"{project}.3.bias"]
-    made = {}
-    for name, spec in specs.items():
-        head = f"{root}.heads.heads.{site.kind}_{name}_{'x'.join(map(str, spec.shape))}.linear"
-        flat = parameters[f"{head}.weight"] @ code + parameters[f"{head}.bias"]
-        made[name] = (flat * spec.scale).reshape(spec.shape)
-    return made
-
-
 @every_generator
 @every_family
 def test_one_batched_call_makes_what_each_site_makes_alone(kind: str, family: str, folders: dict[str, Path]):
@@ -107,7 +74,7 @@ def test_one_batched_call_makes_what_each_site_makes_alone(kind: str, family: st
     for group, sites in adapted.site_map.groups.items():
         for row, task in enumerate(tasks.tolist()):
             for index, site in enumerate(sites):
-                expected = plain_site(kind, adapted, chosen, task, site)
+                expected = plain.weights(adapted, chosen, task, site)
                 assert made[group].keys() == expected.keys()
                 for name, tensor in expected.items():
                     torch.testing.assert_close(made[group][name][row, index], tensor, rtol=1e-12, atol=1e-12)
@@ -151,6 +118,71 @@ def test_start(kind: str, family: str, folders: dict[str, Path]):
                 assert 0.6 < tensor.std() / spec.shape[-1] ** -0.5 < 1.5
 
 
+@pytest.mark.parametrize("kind", ["hypernetwork", "per_layer", "independent"])
+@torch.no_grad()
+def test_published_start(kind: str, folders: dict[str, Path]):
+    """Of a bottleneck with and without norm, and of LoRA; on the widths of the tiny backbone."""
+    adapters = [
+        {"kind": "bottleneck", "reduction": 2, "layer_norm": kind != "independent"},
+        {"kind": "lora", "rank": 8},
+    ]
+    chosen = AdaptationSettings.model_validate({"generator": {"kind": kind}, "adapters": adapters, "init": "paper"})
+    adapted = tiny.adapted_model(folders["llama"], chosen.model_dump(), NUM_TASKS)
+    made = {
+        f"{group.split('/')[1]} {name}": tensor
+        for group, named in adapted.generate(torch.arange(NUM_TASKS)).items()
+        for name, tensor in named.items()
+    }
+    assert not made["lora b"].any()
+    if kind == "independent":
+        for name in ("down", "up"):
+            weights = made[f"bottleneck {name}"]
+            assert 0.8e-3 < weights.std() < 0.95e-3  # a normal cut at two deviations has 0.88 of its deviation
+            assert weights.abs().max() <= 2e-3
+            assert not made[f"bottleneck {name}_bias"].any()
+        assert made["lora a"].abs().max() <= 32**-0.5
+        assert made["lora a"].std() == pytest.approx((32 * 3) ** -0.5, rel=0.1)
+        return
+    heads = {name: parameter for name, parameter in adapted.generator.named_parameters() if "heads." in name}
+    assert not any(name.endswith("bias") and parameter.any() for name, parameter in heads.items())
+    assert not any("lora" in name and name.endswith("bias") for name in heads)
+    for name, parameter in heads.items():
+        if "bottleneck" in name and name.endswith("weight"):
+            assert parameter.std() == pytest.approx(0.01, rel=0.1)
+        if "lora" in name and ("__a" in name or "_a_" in name):
+            assert parameter.abs().max() <= 1 / 8
+            assert parameter.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+    if kind == "hypernetwork":  # codes of 64 have rms 1: 0.01 · 8
+        for name in ("down", "up", "gamma", "beta"):
+            assert made[f"bottleneck {name}"].pow(2).mean().sqrt() == pytest.approx(0.08, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("generator", "layer_norm", "published"),
+    [("hypernetwork", True, (0.1, 0.125)), ("per_layer", True, (1e-4, 2e-3)), ("independent", False, (1e-6, 1e-4))],
+)
+@pytest.mark.parametrize("init", ["zero", "paper"])
+@torch.no_grad()
+def test_what_a_bottleneck_adds_at_the_start(
+    generator: str, layer_norm: bool, published: tuple[float, float], init: str, tiny_t5_folder: Path
+):
+    """To an input of rms 1: by default nothing; published, HyperFormer++ adds √(γ² + β²) ≈ 0.11, the others little."""
+    adapters = [{"kind": "bottleneck", "reduction": 4, "layer_norm": layer_norm}]
+    adaptation = {"generator": {"kind": generator}, "adapters": adapters, "init": init}
+    adapted = tiny.adapted_model(tiny_t5_folder, adaptation, NUM_TASKS)
+    (kind,) = build_kinds(AdaptationSettings.model_validate(adaptation).adapters)
+    y = torch.randn(NUM_TASKS, 50, 32, generator=torch.Generator().manual_seed(0))
+    squares = [
+        (kind.apply(y, y, {name: tensor[:, index] for name, tensor in named.items()}) - y).pow(2).mean()
+        for group, named in adapted.generate(torch.arange(NUM_TASKS)).items()
+        for index in range(len(adapted.site_map.groups[group]))
+    ]
+    assert len(squares) == 8
+    rms = float(torch.stack(squares).mean().sqrt())
+    low, high = published if init == "paper" else (0, 0)
+    assert low <= rms <= high
+
+
 @every_family
 def test_no_parameter_of_independent_is_touched_by_two_tasks(family: str, folders: dict[str, Path]):
     adapted = model("independent", family, folders)
@@ -192,10 +224,17 @@ def by_formula(kind: str, adapted: AdaptedModel, chosen: AdaptationSettings) -> 
     if kind in ("independent", "shared"):
         return per_task * (NUM_TASKS if kind == "independent" else 1)
     total = NUM_TASKS * 6
+    if kind == "per_layer":
+        return total + (6 + 1) * 11 + (11 + 1) * 7 + (7 + 1) * per_task
+    positions = {(site.kind, site.position) for site in sites}  # numbered alike in all stacks
     for stack in ("all",) if kind == "joint" else adapted.site_map.stacks:
         part = [site for site in sites if stack in ("all", site.stack)]
-        layers, positions = {(site.stack, site.layer) for site in part}, {(site.kind, site.position) for site in part}
-        heads = {(site.kind, name, spec.shape) for site in part for name, spec in specs[site.group].items()}
+        layers = {(site.stack, site.layer) for site in part}
+        heads = {
+            (site.kind, site.position if kind == "by position" else "", name, spec.shape)
+            for site in part
+            for name, spec in specs[site.group].items()
+        }
         total += len(layers) * 5 + len(positions) * 3
         total += (6 + 5 + 3 + 1) * 11 + (11 + 1) * 7 + 2 * 7
         total += sum((7 + 1) * math.prod(shape) for *_, shape in heads)
@@ -210,38 +249,58 @@ def test_parameter_count(kind: str, family: str, folders: dict[str, Path]):
 
 
 def on_real_shapes(backbone: type[nn.Module], config: Any, adaptation: dict[str, Any], num_tasks: int) -> int:
-    with torch.device("meta"):
-        shapes = backbone(config)
     chosen = AdaptationSettings.model_validate(adaptation)
     kinds = build_kinds(chosen.adapters)
-    site_map = find_sites(shapes, ARCHITECTURES[config.model_type], kinds)
-    return num_parameters(build_generator(chosen, site_map, kinds, num_tasks, seed=0))
+    with torch.device("meta"):
+        site_map = find_sites(backbone(config), ARCHITECTURES[config.model_type], kinds)
+        return num_parameters(build_generator(chosen, site_map, kinds, num_tasks, seed=0))
 
 
 def t5(width: int, layers: int, heads: int) -> T5Config:
-    return T5Config(d_model=width, d_ff=4 * width, num_layers=layers, num_heads=heads)
+    return T5Config(vocab_size=32_128, d_model=width, d_ff=4 * width, num_layers=layers, num_heads=heads)
+
+
+T5_BASE, T5_SMALL = t5(768, 12, 12), t5(512, 6, 8)
+
+
+def hyperformer(reduction: int = 32, generator: str = "hypernetwork", init: str = "zero") -> dict[str, Any]:
+    bottleneck = {"kind": "bottleneck", "reduction": reduction, "layer_norm": True}
+    return {"generator": {"kind": generator}, "adapters": [bottleneck, {"kind": "norm_delta"}], "init": init}
 
 
 @pytest.mark.parametrize(
-    ("config", "published"), [(t5(768, 12, 12), 5_211_056), (t5(512, 6, 8), 2_415_776)], ids=["base", "small"]
+    ("config", "adaptation", "published"),
+    [
+        (T5_BASE, hyperformer(), 5_211_056),
+        (T5_BASE, hyperformer(reduction=16), 10_006_496),
+        (T5_SMALL, hyperformer(), 2_415_776),
+        (T5_BASE, hyperformer(generator="per_layer"), 122_343_744),
+    ],
+    ids=["++ base", "++ base, reduction 16", "++ small", "per layer, base"],
 )
-def test_published_count_of_hyperformer_plus_plus(config: T5Config, published: int):
-    """arXiv 2106.04489, reduction 32, 8 tasks: ours is theirs without layer norms."""
-    width = config.d_model
-    conditional_norms = 2 * 2 * (64 * width + width)  # γ and β heads of both stacks
-    trained_norms = (2 * config.num_layers + 1 + 3 * config.num_layers + 1) * width
-    ours = on_real_shapes(T5ForConditionalGeneration, config, {"adapters": [{"kind": "bottleneck"}]}, 8)
-    assert ours == published - conditional_norms - trained_norms
+@pytest.mark.parametrize("init", ["zero", "paper"])
+def test_published_count_of_hyperformer(config: T5Config, adaptation: dict[str, Any], init: str, published: int):
+    """arXiv 2106.04489, 8 tasks: whatever the start."""
+    assert on_real_shapes(T5ForConditionalGeneration, config, adaptation | {"init": init}, 8) == published
 
 
 def test_published_count_of_hyperloader():
-    """arXiv 2407.01411, T5-base, 7 tasks: ours is theirs without layer norms, with biases in the LoRA heads."""
-    norms = 2 * 2 * (64 * 768 + 768) + 62 * 768
-    head_biases = 2 * 2 * 8 * 768
-    unused_positions = 2 * 64  # they number the encoder's cross-attention too
-    adapters = [{"kind": "bottleneck"}, {"kind": "lora", "targets": ["q", "v", "cross_q", "cross_v"]}]
-    ours = on_real_shapes(T5ForConditionalGeneration, t5(768, 12, 12), {"adapters": adapters}, 7)
-    assert ours == 6_784_368 - norms + head_biases - unused_positions
+    """arXiv 2407.01411, T5-base, 7 tasks; a zero start keeps what makes it so in biases of the LoRA heads."""
+    lora = {"kind": "lora", "targets": ["q", "v", "cross_q", "cross_v"]}
+    adaptation = hyperformer(init="paper")
+    adaptation["adapters"].append(lora)
+    assert on_real_shapes(T5ForConditionalGeneration, T5_BASE, adaptation, 7) == 6_784_368
+    head_biases = 2 * (8 * 768 + 768 * 8)
+    zero = on_real_shapes(T5ForConditionalGeneration, T5_BASE, adaptation | {"init": "zero"}, 7)
+    assert zero == 6_784_368 + head_biases
+
+
+def test_count_of_houlsby():
+    """arXiv 1902.00751 on T5-base: two bottlenecks of 64 a block and the layer norms, for each of 8 tasks."""
+    adapters = [{"kind": "bottleneck", "reduction": 12}, {"kind": "norm_delta"}]
+    adaptation = {"generator": {"kind": "independent"}, "adapters": adapters}
+    per_task = 24 * 2 * (2 * 768 * 64 + 768 + 64) + 62 * 768
+    assert on_real_shapes(T5ForConditionalGeneration, T5_BASE, adaptation, 8) == 8 * per_task
 
 
 @pytest.mark.parametrize(

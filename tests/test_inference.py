@@ -23,7 +23,13 @@ from tests import tiny
 from tests.runs import CPU, TASKS, corpus_of, engine_of, make_recipe, write_tasks
 
 ADAPTERS: dict[str, list[dict[str, Any]]] = {
-    "llama": [{"kind": "lora"}, {"kind": "bottleneck", "reduction": 4}],  # leaves as native bundles
+    "llama": [  # leaves as native bundles
+        {"kind": "lora"},
+        {"kind": "ia3"},
+        {"kind": "bottleneck", "reduction": 4, "layer_norm": True},
+        {"kind": "norm_delta"},
+        {"kind": "prefix", "length": 3},
+    ],
     "t5": [{"kind": "lora", "alpha": 16, "targets": ["q", "cross_v"]}],  # leaves as PEFT folders
 }
 

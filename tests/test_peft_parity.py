@@ -14,6 +14,7 @@ from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import Corpus
 from hyperscale.engine.base import Engine
 from hyperscale.export.exporter import TrainedGenerator, export_bundles
+from hyperscale.export.peft_format import read_peft
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.backbone import load_dense, open_backbone
 from hyperscale.model.weights import cast
@@ -23,22 +24,37 @@ from tests.runs import TASKS, corpus_of, engine_of, loader_of, make_recipe, writ
 # PEFT 0.21 asks transformers 5.23 by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
-TARGETS = {
-    "llama-default": ("llama", ["q", "v"]),
-    "llama-all": ("llama", ["q", "k", "v", "o", "gate", "up", "down"]),
-    "t5-self-attention": ("t5", ["q", "v"]),
-    "t5-cross-attention": ("t5", ["cross_q", "cross_v"]),
-    "t5-all": ("t5", ["q", "v", "cross_q", "cross_v", "wi_0", "wi_1", "wo"]),
+
+def lora(*targets: str) -> dict[str, Any]:
+    """A scale of 2.5, to be folded into B."""
+    return {"kind": "lora", "rank": 4, "alpha": 10, "targets": targets}
+
+
+def ia3(*targets: str) -> dict[str, Any]:
+    return {"kind": "ia3", "targets": targets}
+
+
+ADAPTERS = {
+    "llama-default": ("llama", lora("q", "v")),
+    "llama-all": ("llama", lora("q", "k", "v", "o", "gate", "up", "down")),
+    "t5-self-attention": ("t5", lora("q", "v")),
+    "t5-cross-attention": ("t5", lora("cross_q", "cross_v")),
+    "t5-all": ("t5", lora("q", "v", "cross_q", "cross_v", "wi_0", "wi_1", "wo")),
+    "llama-ia3": ("llama", ia3("k", "v", "feed_forward")),
+    "llama-ia3-outputs": ("llama", ia3("q", "o", "up")),
+    "t5-ia3": ("t5", ia3("k", "v", "cross_k", "cross_v", "feed_forward")),
+    "t5-ia3-cross-attention": ("t5", ia3("cross_k", "feed_forward")),
+    "llama-prefix": ("llama", {"kind": "prefix", "length": 5}),
 }
 
 
-def trained(path: Path, targets: list[str], tmp_path: Path, **export: str) -> tuple[Recipe, Engine, Corpus]:
-    """Train three steps of LoRA alone, with a scale of 2.5 to be folded into B."""
+def trained(path: Path, adapter: dict[str, Any], tmp_path: Path, **export: str) -> tuple[Recipe, Engine, Corpus]:
+    """Train three steps of one kind alone."""
     recipe = make_recipe(
         path,
         write_tasks(tmp_path / "tasks"),
         tmp_path / "run",
-        adaptation={"adapters": [{"kind": "lora", "rank": 4, "alpha": 10, "targets": targets}]},
+        adaptation={"adapters": [adapter]},
         training={"steps": 3, "batch_size": 8, "optimizer": {"learning_rate": 0.02, "warmup_steps": 0}},
         export=export,
     )
@@ -58,7 +74,9 @@ def exported(recipe: Recipe, model: AdaptedModel, corpus: Corpus, output: Path) 
         "model_type": model.architecture.model_type,
     }
     tasks = tuple(loaded.task for loaded in corpus.tasks)
-    return export_bundles(TrainedGenerator(recipe, model.site_map, model.generator, tasks, backbone, 3), output)
+    origins = (None,) * len(tasks)
+    trained_here = TrainedGenerator(recipe, model.site_map, model.generator, tasks, backbone, 3, origins)
+    return export_bundles(trained_here, output)
 
 
 def load_peft(recipe: Recipe, bundle: Path) -> Any:
@@ -89,26 +107,31 @@ def ours(model: AdaptedModel, task: int, inputs: dict[str, Tensor], stored: torc
     return logits
 
 
-@pytest.mark.parametrize(("family", "targets"), TARGETS.values(), ids=TARGETS.keys())
-def test_same_logits(family: str, targets: list[str], request: pytest.FixtureRequest, tmp_path: Path):
-    recipe, engine, corpus = trained(request.getfixturevalue(f"tiny_{family}_folder"), targets, tmp_path)
+@pytest.mark.parametrize(("family", "adapter"), ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_same_logits(family: str, adapter: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path):
+    recipe, engine, corpus = trained(request.getfixturevalue(f"tiny_{family}_folder"), adapter, tmp_path)
     bundles = exported(recipe, engine.model, corpus, tmp_path / "bundles")
     assert list(bundles) == list(TASKS)
     inputs = questions(engine.model)
     untouched = engine.model.backbone(**inputs).logits
+    tolerance = 1e-5 if adapter["kind"] == "ia3" else 1e-6  # it rounds 1 + δ, then multiplies
     seen = []
     for task, bundle in enumerate(bundles.values()):
         wanted = ours(engine.model, task, inputs)
         with torch.no_grad():
             got = load_peft(recipe, bundle)(**inputs).logits
-        assert (got - wanted).abs().max() <= 1e-6
+        assert (got - wanted).abs().max() <= tolerance
         assert (wanted - untouched).abs().max() > 1e-2
         seen.append(wanted)
+        again = read_peft(bundle, engine.model.site_map)
+        for group, named in engine.model.generate(torch.tensor([task])).items():
+            for name, tensor in named.items():
+                assert (again[group][name] - tensor).abs().max() <= 1e-6
     assert (seen[0] - seen[1]).abs().max() > 1e-3
 
 
 def test_a_bundle_in_bf16(tiny_llama_folder: Path, tmp_path: Path):
-    recipe, engine, corpus = trained(tiny_llama_folder, ["q", "v"], tmp_path, dtype="bfloat16")
+    recipe, engine, corpus = trained(tiny_llama_folder, lora("q", "v"), tmp_path, dtype="bfloat16")
     task, inputs = TASKS.index("past"), questions(engine.model)
     bundle = exported(recipe, engine.model, corpus, tmp_path / "bundles")["past"]
     assert {tensor.dtype for tensor in load_file(bundle / "adapter_model.safetensors").values()} == {torch.bfloat16}

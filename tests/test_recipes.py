@@ -2,13 +2,20 @@
 
 import jsonschema
 import pytest
+import torch
 import yaml
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hyperscale.assets.backbones import PACKAGED
 from hyperscale.config.loading import dump_recipe, load_recipe, packaged_recipes, parse_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.tasks import load_task
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.architectures import ARCHITECTURES
+from hyperscale.model.generators.generator import num_parameters
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.sites import find_sites
 
 RECIPES = packaged_recipes()
 
@@ -48,10 +55,30 @@ def test_its_tasks_and_its_deepspeed_json(name: str) -> None:
     assert completed["train_batch_size"] == recipe.training.batch_size
 
 
-@pytest.mark.parametrize("kind", ["hypernetwork", "independent", "shared"])
+@pytest.mark.parametrize("kind", ["hypernetwork", "per_layer", "independent", "shared"])
 def test_methods_are_compared_by_one_word(kind: str) -> None:
     for name in RECIPES:
         assert load_recipe(name, [f"adaptation.generator.kind={kind}"]).adaptation.generator.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tasks", "published"),
+    [
+        ("hyperformer_pp_t5_base", 8, 5_211_056),
+        ("hyperformer_t5_base", 8, 122_343_744),
+        ("hyperloader_t5_base", 7, 6_784_368),
+        ("houlsby_t5_base", 8, 8 * 4_806_144),
+    ],
+)
+def test_a_papers_recipe_trains_as_much_as_the_paper(name: str, num_tasks: int, published: int) -> None:
+    recipe = load_recipe(name)
+    assert len(recipe.data.tasks) == num_tasks
+    kinds = build_kinds(recipe.adaptation.adapters)
+    config = T5Config(vocab_size=32_128, d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+    with torch.device("meta"):
+        site_map = find_sites(T5ForConditionalGeneration(config), ARCHITECTURES["t5"], kinds)
+        generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, seed=0)
+    assert num_parameters(generator) == published
 
 
 def test_sst2_is_never_with_movies() -> None:

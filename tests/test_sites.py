@@ -1,5 +1,6 @@
 """The site map: every place of an adapter in a backbone, in order, found from the architecture table."""
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -12,7 +13,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import hyperscale
-from hyperscale.config.adaptation import BottleneckSettings, LoraSettings
+from hyperscale.config.adaptation import (
+    BottleneckSettings,
+    Ia3Settings,
+    LoraSettings,
+    NormDeltaSettings,
+    PrefixSettings,
+)
 from hyperscale.errors import ConfigError
 from hyperscale.model.adapters.kinds import AdapterKind
 from hyperscale.model.adapters.registry import build_kinds
@@ -65,7 +72,6 @@ def test_llama():
     ]
     assert [site.layer for site in found.sites] == [0] * 5 + [1] * 5
     assert found.stacks == ("decoder",)
-    assert found.num_layers("decoder") == 2
     assert found.positions == ("lora:q", "lora:v", "lora:down", "bottleneck:attention", "bottleneck:feed_forward")
     assert {group: [site.name for site in sites] for group, sites in found.groups.items()} == {
         "decoder/lora/32x32": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
@@ -96,8 +102,47 @@ def test_t5():
         ),
     ]
     assert found.stacks == ("encoder", "decoder")
-    assert (found.num_layers("encoder"), found.num_layers("decoder")) == (1, 2)
     assert {site.group for site in found.sites if site.position == "q"} == {"encoder/lora/32x16", "decoder/lora/32x16"}
+
+
+def test_scales_norms_and_prefixes():
+    settings = [Ia3Settings(), NormDeltaSettings(), PrefixSettings()]
+    found = find_sites(llama(), LLAMA, build_kinds(settings))
+    assert [(site.name, site.position, site.in_features, site.out_features) for site in found.sites] == [
+        *(
+            (f"model.layers.{layer}.{name}", position, *sizes)
+            for layer in (0, 1)
+            for name, position, *sizes in (
+                ("self_attn.k_proj", "k", 32, 16),
+                ("self_attn.v_proj", "v", 32, 16),
+                ("mlp.down_proj", "feed_forward", 48, 48),  # what goes into it
+                ("input_layernorm", "attention", 32, 32),
+                ("post_attention_layernorm", "feed_forward", 32, 32),
+                ("self_attn", "keys", 32, 16),
+                ("self_attn", "values", 32, 16),
+            )
+        ),
+        ("model.norm", "final", 32, 32),
+    ]
+    assert found.sites[-1].layer == 2
+    assert [site.kind for site in found.where(lambda site: site.layer == 2).sites] == ["norm_delta"]
+
+    found = find_sites(t5(), T5, build_kinds(settings))
+    assert [site.name for site in found.sites if site.kind == "norm_delta"] == [
+        "encoder.block.0.layer.0.layer_norm",
+        "encoder.block.0.layer.1.layer_norm",
+        "encoder.final_layer_norm",
+        *(f"decoder.block.{layer}.layer.{place}.layer_norm" for layer in (0, 1) for place in (0, 1, 2)),
+        "decoder.final_layer_norm",
+    ]
+    assert [site.name for site in found.sites if site.position == "keys"] == [
+        "encoder.block.0.layer.0.SelfAttention",
+        "decoder.block.0.layer.0.SelfAttention",
+        "decoder.block.1.layer.0.SelfAttention",
+    ]
+    assert {site.group for site in found.sites if site.kind == "ia3"} == {
+        f"{stack}/ia3/{sizes}" for stack in ("encoder", "decoder") for sizes in ("32x16", "48x48")
+    }
 
 
 def test_a_map_survives_json():
@@ -141,6 +186,14 @@ def test_the_table_describes_the_models(model: nn.Module):
             assert linear <= set(stack.projections.values())
             assert {name.rpartition(".")[2] for name in set(stack.projections.values()) - linear} <= absent
             assert set(stack.sublayers.values()) <= linear
+            norms = {name for name, module in block.named_modules() if hasattr(module, "variance_epsilon")}
+            assert norms == set(stack.norms.values())
+            attention = block.get_submodule(stack.attention)
+            called = inspect.signature(attention.forward).parameters
+            assert {architecture.mask_argument, "past_key_values", "hidden_states"} <= called.keys()
+        assert hasattr(model.get_submodule(stack.final_norm), "variance_epsilon")
+    rotary = [name for name, module in model.named_modules() if "Rotary" in type(module).__name__]
+    assert rotary == [architecture.rotary] if architecture.rotary else rotary == []
 
 
 def test_no_other_file_names_a_layer():

@@ -87,6 +87,14 @@ def held_by(engine: Engine) -> int:
 ACCUMULATED = {"training": {"micro_batch_size": 2}}  # two micro-batches on each of two ranks
 AT_ONCE = {"training": {"micro_batch_size": 4}}
 CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
+SUM = {
+    "training": {
+        "micro_batch_size": 4,
+        "loss": "token_sum",
+        "label_smoothing": 0.1,
+        "optimizer": {"warmup_steps": 1, "learning_rate": 3e-4},
+    }
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     f"{family}{name}": (family, changes)
     for family in ("llama", "t5")
@@ -105,6 +113,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "training": {"loss": "sample_mean", "label_smoothing": 0.1, "micro_batch_size": 2},
         },
     ),
+    **{
+        f"{family}-every-kind{name}": (
+            family,
+            AT_ONCE
+            | changes
+            | {
+                "adaptation": {
+                    "generator": {"kind": generator},
+                    "adapters": [
+                        {"kind": "lora", "rank": 4, "alpha": 8},
+                        {"kind": "ia3"},
+                        {"kind": "bottleneck", "reduction": 4, "layer_norm": True},
+                        {"kind": "norm_delta"},
+                        {"kind": "prefix", "length": 3},
+                    ],
+                }
+            },
+        )
+        for family in ("llama", "t5")
+        for name, generator, changes in (
+            ("", "hypernetwork", {}),
+            ("-per-layer-checkpointed-sum", "per_layer", CHECKPOINTED | SUM),
+            ("-independent", "independent", {}),
+        )
+    },
     "llama-shared-samples": (
         "llama",
         {

@@ -25,12 +25,43 @@ class BottleneckSettings(Section):
     reduction: int = Field(default=32, ge=1)
     """Bottleneck width = model width // reduction."""
     activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu_new"
+    layer_norm: bool = False
+    """A layer norm after the adapter, `y + γ ⊙ LN(U act(D y + b_d) + b_u) + β`, with γ and β generated as the rest is:
+    HyperFormer's conditional layer norm (arXiv 2106.04489)."""
     targets: tuple[Literal["attention", "feed_forward"], ...] = Field(
         default=("attention", "feed_forward"), min_length=1
     )
 
 
-AdapterSettings = Annotated[LoraSettings | BottleneckSettings, Field(discriminator="kind")]
+class Ia3Settings(Section):
+    """Learned scales, `(1 + δ) ⊙ y` (arXiv 2205.05638)."""
+
+    kind: Literal["ia3"] = "ia3"
+    targets: tuple[str, ...] = Field(default=("k", "v", "feed_forward"), min_length=1)
+    """Projections by their short names, as for LoRA: their outputs are scaled. `feed_forward`: what goes into the
+    feed-forward's last projection."""
+
+
+class NormDeltaSettings(Section):
+    """All layer norms of the backbone trained, as differences of their weights: `w + δ`."""
+
+    kind: Literal["norm_delta"] = "norm_delta"
+    per_task: bool | None = None
+    """true: every task its own δ (Houlsby et al.); false: one for all tasks (HyperFormer); null: every task its own
+    where the generator is `independent`, else one. No generator makes them: they are parameters beside it."""
+
+
+class PrefixSettings(Section):
+    """Keys and values before those of the text, in every self-attention (arXiv 2101.00190)."""
+
+    kind: Literal["prefix"] = "prefix"
+    length: int = Field(default=16, ge=1)
+    """Positions that the prefix takes; the text follows them."""
+
+
+AdapterSettings = Annotated[
+    LoraSettings | BottleneckSettings | Ia3Settings | NormDeltaSettings | PrefixSettings, Field(discriminator="kind")
+]
 
 
 class TaskTableSettings(Section):
@@ -38,6 +69,16 @@ class TaskTableSettings(Section):
 
     kind: Literal["table"] = "table"
     dim: int = Field(default=64, ge=1)
+
+
+class TaskTextSettings(Section):
+    """A projection of features of each task's description."""
+
+    kind: Literal["text"] = "text"
+    dim: int = Field(default=64, ge=1)
+
+
+TaskEncoderSettings = Annotated[TaskTableSettings | TaskTextSettings, Field(discriminator="kind")]
 
 
 class HypernetworkSettings(Section):
@@ -53,6 +94,17 @@ class HypernetworkSettings(Section):
     code_dim: int = Field(default=64, ge=1)
     stacks: Literal["separate", "joint"] = "separate"
     """`separate`: one network for the encoder and one for the decoder, as published; `joint`: one for both."""
+    heads: Literal["shape", "position"] = "shape"
+    """`shape`: tensors of one name and shape come from one head, wherever they go, as published; `position`: every
+    position (`q`, `v`, `feed_forward`, …) has heads of its own."""
+
+
+class PerLayerSettings(Section):
+    """A hypernetwork for every layer and position, shared by the tasks (HyperFormer, arXiv 2106.04489)."""
+
+    kind: Literal["per_layer"] = "per_layer"
+    hidden_dim: int = Field(default=128, ge=1)
+    code_dim: int = Field(default=64, ge=1)
 
 
 class IndependentSettings(Section):
@@ -67,12 +119,17 @@ class SharedSettings(Section):
     kind: Literal["shared"] = "shared"
 
 
-GeneratorSettings = Annotated[HypernetworkSettings | IndependentSettings | SharedSettings, Field(discriminator="kind")]
+GeneratorSettings = Annotated[
+    HypernetworkSettings | PerLayerSettings | IndependentSettings | SharedSettings, Field(discriminator="kind")
+]
 
 
 class AdaptationSettings(Section):
     """Generator, task encoder and adapter kinds; comparing methods is changing `generator.kind`."""
 
     generator: GeneratorSettings = HypernetworkSettings()
-    task_encoder: TaskTableSettings = TaskTableSettings()
+    task_encoder: TaskEncoderSettings = TaskTableSettings()
     adapters: tuple[AdapterSettings, ...] = Field(default=(LoraSettings(),), min_length=1)
+    init: Literal["zero", "paper"] = "zero"
+    """`zero`: at step 0 the adapted model is the backbone, but for a prefix; `paper`: the start that each method's
+    authors published (docs/methods.md)."""

@@ -10,6 +10,6 @@ class ExportSettings(Section):
 
     enabled: bool = True
     format: Literal["auto", "peft", "native"] = "auto"
-    """`peft`: the folder that PEFT and vLLM load (LoRA only); `native`: ours, for every kind;
-    `auto`: peft where it can say it."""
+    """`peft`: the folder that PEFT loads, and vLLM if it is LoRA (only lora, only ia3, or on LLaMA only prefix);
+    `native`: ours, for every kind; `auto`: peft where it can say it."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -41,10 +41,10 @@ class Recipe(Section):
             f"adaptation.adapters lists the kind '{kind}' more than once; put all its targets in one entry"
             for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1})
         ]
-        if self.export.format == "peft" and set(kinds) != {"lora"}:
-            others = ", ".join(sorted(set(kinds) - {"lora"}))
+        if self.export.format == "peft" and set(kinds) not in ({"lora"}, {"ia3"}, {"prefix"}):
             problems.append(
-                f"export.format 'peft' cannot express {others}; use 'native' or 'auto', or keep only lora adapters"
+                f"export.format 'peft' cannot express {' + '.join(dict.fromkeys(kinds))}; use 'native' or 'auto', "
+                "or keep only lora, only ia3 or only prefix adapters"
             )
         ranks = self.cluster.workers * self.training.micro_batch_size
         if self.training.batch_size % ranks:
@@ -77,6 +77,11 @@ class Recipe(Section):
                 problems.append(
                     "start.train 'new_tasks' cannot be used with the generator 'shared', which has no weights of one "
                     "task alone; use start.train=everything"
+                )
+            if self.adaptation.task_encoder.kind == "text" and self.adaptation.generator.kind != "independent":
+                problems.append(
+                    "start.train 'new_tasks' has nothing to train with adaptation.task_encoder.kind 'text': its "
+                    "description is all that a task has of its own; use start.train=everything"
                 )
             if any((self.data.mixture.weights or (1.0,))[:known]):
                 problems.append(

@@ -18,7 +18,7 @@ class StepResult:
     """One optimizer step, summed over all ranks and micro-batches; equal on every rank."""
 
     loss: float
-    """The optimised loss: mean over label tokens, or over samples where the recipe says `sample_mean`."""
+    """The optimised loss: mean over label tokens, or what else `training.loss` says."""
     task_losses: Mapping[int, float]
     """Task index -> mean loss of its label tokens, for the tasks in this step."""
     learning_rate: float

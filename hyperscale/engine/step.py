@@ -83,7 +83,7 @@ class TrainingStep:
             self.collective.sum(flat)
             for tensor, reduced in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(reduced.view_as(tensor))
-        normaliser = float(totals.samples if self.settings.loss == "sample_mean" else totals.label_tokens)
+        normaliser = totals.normaliser(self.settings.loss)
         for gradient in gradients:
             gradient.div_(normaliser)
         return normaliser
@@ -107,13 +107,9 @@ class _Totals:
         self.flat[-4:-1] += counts
         self.flat[-1] += objective
 
-    @property
-    def label_tokens(self) -> Tensor:
-        return self.flat[-4]
-
-    @property
-    def samples(self) -> Tensor:
-        return self.flat[-3]
+    def normaliser(self, loss: str) -> float:
+        """Return what the sum of losses is divided by: label tokens, samples or nothing."""
+        return {"token_mean": float(self.flat[-4]), "sample_mean": float(self.flat[-3]), "token_sum": 1.0}[loss]
 
     def result(self, normaliser: float, learning_rate: float, grad_norm: float) -> StepResult:
         values = self.flat.tolist()

@@ -21,12 +21,12 @@ from hyperscale.data.tasks import Task
 from hyperscale.errors import BundleError, nearest
 from hyperscale.export.bundle import BundleBackbone, BundleManifest, write_manifest
 from hyperscale.export.native_format import write_native
-from hyperscale.export.peft_format import refuse_unless_lora, write_peft
+from hyperscale.export.peft_format import refuse_unless_sayable, unsayable, write_peft
 from hyperscale.logger import get_logger
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.backbone import DTYPES
-from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.generators.registry import build_generator, stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -76,8 +76,9 @@ def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
     site_map = SiteMap.from_json(checkpoint.manifest["site_map"])
     tasks = tuple(Task.model_validate(task) for task in checkpoint.state["tasks"])
     kinds = build_kinds(recipe.adaptation.adapters)
-    generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed)
     tensors: dict[str, Tensor] = dict(checkpoint.tensors["generator"])
+    features = stored_features(tensors)
+    generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed, features)
     generator.load_state_dict(tensors, strict=True)
     origins = tuple(map(_origin, checkpoint.state.get("origins") or [None] * len(tasks)))
     backbone = dict(checkpoint.manifest["backbone"])
@@ -106,7 +107,7 @@ def export_bundles(
     for name in only:
         if name not in names:
             raise BundleError(f"the checkpoint has no task '{name}'.{nearest(name, names)} It has: {', '.join(names)}")
-    chosen = _choose_format(format or trained.recipe.export.format, trained.site_map)
+    chosen = _choose_format(format or trained.recipe.export.format, trained)
     written = {}
     for index, task in enumerate(trained.tasks):
         if not only or task.name in only:
@@ -115,11 +116,11 @@ def export_bundles(
     return written
 
 
-def _choose_format(asked: str, site_map: SiteMap) -> str:
+def _choose_format(asked: str, trained: TrainedGenerator) -> str:
     if asked == "auto":
-        return "peft" if {site.kind for site in site_map.sites} == {"lora"} else "native"
+        return "native" if unsayable(trained.site_map, trained.architecture) else "peft"
     if asked == "peft":
-        refuse_unless_lora(site_map)
+        refuse_unless_sayable(trained.site_map, trained.architecture)
     return asked
 
 

@@ -1,35 +1,61 @@
-"""LoRA as PEFT writes it, in the profile that every server reads.
+"""Adapters as PEFT writes them: LoRA in the profile that every server reads, (IA)³, and prefixes of LLaMA.
 
-One rank, lora_alpha = r with the scale folded into B, every layer present, no bias, no modules_to_save, leaf-name
-targets.
+LoRA: one rank, lora_alpha = r with the scale folded into B, every layer present, no bias, no modules_to_save, leaf-name
+targets. One PEFT folder is one method: kinds that act together have no type there.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hyperscale.errors import BundleError
+from hyperscale.model.adapters.ia3 import INNER
 from hyperscale.model.architectures import Architecture
-from hyperscale.model.sites import SiteMap
+from hyperscale.model.sites import Site, SiteMap
 from hyperscale.model.weights import Weights
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ROWS = "prompt_embeddings"
 
 
-def refuse_unless_lora(site_map: SiteMap) -> None:
-    """Raise `BundleError`, naming the kinds, if a map holds anything that PEFT's LoRA cannot say."""
-    others = sorted({site.kind for site in site_map.sites} - {"lora"})
+class _Method(NamedTuple):
+    """How one kind is said: its own part of the configuration, its tensors, and how to read them back."""
+
+    config: Callable[[Weights, SiteMap, Architecture], Mapping[str, Any]]
+    tensors: Callable[[Weights, SiteMap], Mapping[str, Tensor]]
+    read: Callable[[Mapping[str, Tensor], SiteMap], Mapping[str, Mapping[str, Tensor]]]
+
+
+def unsayable(site_map: SiteMap, architecture: Architecture) -> str | None:
+    """Return what of a map PEFT has no words for, or None if a PEFT folder can hold all of it."""
+    kinds = list(dict.fromkeys(site.kind for site in site_map.sites))
+    others = sorted(set(kinds) - _METHODS.keys())
     if others:
+        return f"{', '.join(others)} adapters: PEFT has no such type"
+    if len(kinds) > 1:
+        return f"{' and '.join(kinds)} adapters together: one PEFT folder is one method"
+    if kinds == ["ia3"] and len({site.name for site in site_map.sites}) < len(site_map.sites):
+        return "ia3 adapters on both sides of one layer: PEFT has one vector for each"
+    if kinds == ["prefix"] and architecture.is_encoder_decoder:
+        return "prefix adapters of an encoder-decoder: PEFT gives its layers each other's prefixes"
+    return None
+
+
+def refuse_unless_sayable(site_map: SiteMap, architecture: Architecture) -> None:
+    """Raise `BundleError`, with what PEFT cannot say, unless a PEFT folder can hold all of a map."""
+    reason = unsayable(site_map, architecture)
+    if reason:
         raise BundleError(
-            f"export.format 'peft' cannot express {', '.join(others)} adapters: PEFT has no such type. "
-            "Use export.format=native (read by 'hyperscale predict'), or train with lora adapters only"
+            f"export.format 'peft' cannot express {reason}. "
+            "Use export.format=native (read by 'hyperscale predict'), or train with one kind that PEFT knows"
         )
 
 
@@ -37,30 +63,22 @@ def write_peft(
     folder: Path, weights: Weights, site_map: SiteMap, architecture: Architecture, base: str, dtype: torch.dtype
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for the one task in `weights` (K = 1)."""
-    refuse_unless_lora(site_map)
-    tensors: dict[str, Tensor] = {}
-    rank = 0
-    for group, sites in site_map.groups.items():
-        for index, site in enumerate(sites):
-            a, b = weights[group]["a"][0, index], weights[group]["b"][0, index]
-            rank = a.shape[0]
-            tensors[f"{_PREFIX}{site.name}.lora_A.weight"] = a.to(dtype).contiguous()
-            tensors[f"{_PREFIX}{site.name}.lora_B.weight"] = b.to(dtype).contiguous()
+    refuse_unless_sayable(site_map, architecture)
+    method = _METHODS[site_map.sites[0].kind]
     config = {
-        "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if architecture.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "target_modules": target_modules(site_map, architecture),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
         "inference_mode": True,
+        **method.config(weights, site_map, architecture),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in method.tensors(weights, site_map).items()}
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def read_peft(folder: Path, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
+    """Read back weights [1, S, …] of every group."""
+    return _METHODS[site_map.sites[0].kind].read(load_file(folder / TENSORS), site_map)
 
 
 def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] | str:
@@ -69,30 +87,117 @@ def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] |
     T5's self- and cross-attention share leaf names: adapting q of one only needs the expression.
     """
     names = {site.name for site in site_map.sites}
-    leaves = sorted({name.rpartition(".")[2] for name in names})
+    leaves = sorted({_leaf(name) for name in names})
     for stack in architecture.stacks:
-        for position, path in stack.projections.items():
-            is_leaf = path.rpartition(".")[2] in leaves
-            is_site = any(site.stack == stack.name and site.position == position for site in site_map.sites)
-            if is_leaf and not is_site and _shares_module(path, stack.blocks, names):
+        for path in stack.projections.values():
+            is_site = any(_is_at(name, stack.blocks, path) for name in names)
+            if _leaf(path) in leaves and not is_site and _shares_module(path, stack.blocks, names):
                 return "|".join(re.escape(name) for name in sorted(names))
     return leaves
 
 
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_at(name: str, blocks: str, path: str) -> bool:
+    return name.startswith(f"{blocks}.") and name.endswith(f".{path}")
+
+
 def _shares_module(path: str, blocks: str, names: set[str]) -> bool:
     """Return whether a site elsewhere ends in the same leaf, so that the leaf name would adapt `path` too."""
-    leaf = path.rpartition(".")[2]
-    return any(
-        name.endswith(f".{leaf}") and not (name.startswith(blocks) and name.endswith(f".{path}")) for name in names
-    )
+    return any(_leaf(name) == _leaf(path) and not _is_at(name, blocks, path) for name in names)
 
 
-def read_peft(folder: Path, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
-    """Read back weights [1, S, …] of every group."""
-    tensors = load_file(folder / TENSORS)
-    found: dict[str, dict[str, Tensor]] = {}
-    for group, sites in site_map.groups.items():
-        a = [tensors[f"{_PREFIX}{site.name}.lora_A.weight"] for site in sites]
-        b = [tensors[f"{_PREFIX}{site.name}.lora_B.weight"] for site in sites]
-        found[group] = {"a": torch.stack(a).unsqueeze(0), "b": torch.stack(b).unsqueeze(0)}
-    return found
+def _lora_config(weights: Weights, site_map: SiteMap, architecture: Architecture) -> Mapping[str, Any]:
+    rank = weights[site_map.sites[0].group]["a"].shape[-2]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": target_modules(site_map, architecture),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def _lora_tensors(weights: Weights, site_map: SiteMap) -> Mapping[str, Tensor]:
+    return {
+        f"{_PREFIX}{site.name}.lora_{letter}.weight": weights[group][letter.lower()][0, index]
+        for group, index, site in _indexed(site_map)
+        for letter in "AB"
+    }
+
+
+def _read_lora(tensors: Mapping[str, Tensor], site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
+    return {
+        group: {
+            letter.lower(): _stacked(tensors[f"{_PREFIX}{site.name}.lora_{letter}.weight"] for site in sites)
+            for letter in "AB"
+        }
+        for group, sites in site_map.groups.items()
+    }
+
+
+def _ia3_config(_weights: Weights, site_map: SiteMap, architecture: Architecture) -> Mapping[str, Any]:
+    return {
+        "peft_type": "IA3",
+        "target_modules": target_modules(site_map, architecture),
+        "feedforward_modules": sorted({_leaf(site.name) for site in site_map.sites if site.position == INNER}),
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def _ia3_tensors(weights: Weights, site_map: SiteMap) -> Mapping[str, Tensor]:
+    """PEFT keeps 1 + δ: a row where inputs are scaled, a column where outputs are."""
+    return {
+        f"{_PREFIX}{site.name}.ia3_l": (1 + weights[group]["delta"][0, index]).unsqueeze(
+            0 if site.position == INNER else 1
+        )
+        for group, index, site in _indexed(site_map)
+    }
+
+
+def _read_ia3(tensors: Mapping[str, Tensor], site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
+    return {
+        group: {"delta": _stacked(tensors[f"{_PREFIX}{site.name}.ia3_l"].float().flatten() - 1 for site in sites)}
+        for group, sites in site_map.groups.items()
+    }
+
+
+def _prefix_config(weights: Weights, site_map: SiteMap, _architecture: Architecture) -> Mapping[str, Any]:
+    """Heads, widths and layers are left to PEFT, which takes them from the base model, grouped queries included."""
+    length = weights[site_map.sites[0].group]["rows"].shape[-2]
+    return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": length, "prefix_projection": False}
+
+
+def _prefix_tensors(weights: Weights, site_map: SiteMap) -> Mapping[str, Tensor]:
+    """PEFT keeps one row a position: keys and values of the first layer, of the second, and so on."""
+    return {_ROWS: torch.cat([weights[group]["rows"][0, index] for group, index, _ in _indexed(site_map)], dim=1)}
+
+
+def _read_prefix(tensors: Mapping[str, Tensor], site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
+    widths = [site.out_features for site in site_map.sites]
+    rows = dict(zip(site_map.sites, tensors[_ROWS].split(widths, dim=1), strict=True))
+    return {group: {"rows": _stacked(rows[site] for site in sites)} for group, sites in site_map.groups.items()}
+
+
+_METHODS: Mapping[str, _Method] = {
+    "lora": _Method(_lora_config, _lora_tensors, _read_lora),
+    "ia3": _Method(_ia3_config, _ia3_tensors, _read_ia3),
+    "prefix": _Method(_prefix_config, _prefix_tensors, _read_prefix),
+}
+
+
+def _indexed(site_map: SiteMap) -> Sequence[tuple[str, int, Site]]:
+    """List every site in map order, with its group and its place in that."""
+    places = {site: (group, index) for group, sites in site_map.groups.items() for index, site in enumerate(sites)}
+    return [(*places[site], site) for site in site_map.sites]
+
+
+def _stacked(tensors: Any) -> Tensor:
+    """Return [1, S, …] of the tensors of S sites."""
+    return torch.stack(list(tensors)).unsqueeze(0)

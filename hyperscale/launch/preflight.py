@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import load_corpus
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
+from hyperscale.export.peft_format import refuse_unless_sayable
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import build_empty, open_backbone
 from hyperscale.model.generators.generator import num_parameters
@@ -37,6 +38,8 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
     empty = build_empty(folder, recipe.backbone)
     kinds = build_kinds(recipe.adaptation.adapters)
     site_map = find_sites(empty, folder.architecture, kinds)
+    if recipe.export.format == "peft":
+        refuse_unless_sayable(site_map, folder.architecture)
     if recipe.engine.kind == "zero":
         complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
     say("reading the tasks")

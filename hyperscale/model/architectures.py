@@ -17,6 +17,12 @@ class Stack:
     """Short name -> path of the linear layer, from the block. A model lacks some (gated or plain feed-forward)."""
     sublayers: Mapping[str, str]
     """Sub-layer name -> path of its last linear layer, whose output goes to the residual."""
+    norms: Mapping[str, str]
+    """Sub-layer name -> path of the norm before it, from the block."""
+    final_norm: str
+    """Path of the norm after the last block, from the model."""
+    attention: str
+    """Path of the self-attention, from the block."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,10 @@ class Architecture:
     stacks: tuple[Stack, ...]
     block_class: str
     """Class name of a block: the unit that ZeRO-3 gathers and activation checkpointing recomputes."""
+    mask_argument: str
+    """What a self-attention calls its mask."""
+    rotary: str | None = None
+    """Path of the module that turns position ids into rotations, if there is one."""
 
 
 _LLAMA = Architecture(
@@ -49,9 +59,14 @@ _LLAMA = Architecture(
                 "down": "mlp.down_proj",
             },
             sublayers={"attention": "self_attn.o_proj", "feed_forward": "mlp.down_proj"},
+            norms={"attention": "input_layernorm", "feed_forward": "post_attention_layernorm"},
+            final_norm="model.norm",
+            attention="self_attn",
         ),
     ),
     block_class="LlamaDecoderLayer",
+    mask_argument="attention_mask",
+    rotary="model.rotary_emb",
 )
 
 
@@ -61,11 +76,15 @@ def _t5_stack(name: str, feed_forward: int, cross: bool) -> Stack:
     if cross:
         projections |= {f"cross_{short}": f"layer.1.EncDecAttention.{short}" for short in ("q", "k", "v", "o")}
     projections |= {short: f"{dense}.{short}" for short in ("wi", "wi_0", "wi_1", "wo")}
+    norms = {"attention": "layer.0.layer_norm", "feed_forward": f"layer.{feed_forward}.layer_norm"}
     return Stack(
         name=name,
         blocks=f"{name}.block",
         projections=projections,
         sublayers={"attention": f"{attention}.o", "feed_forward": f"{dense}.wo"},
+        norms=norms | ({"cross_attention": "layer.1.layer_norm"} if cross else {}),
+        final_norm=f"{name}.final_layer_norm",
+        attention=attention,
     )
 
 
@@ -75,6 +94,7 @@ _T5 = Architecture(
     is_encoder_decoder=True,
     stacks=(_t5_stack("encoder", feed_forward=1, cross=False), _t5_stack("decoder", feed_forward=2, cross=True)),
     block_class="T5Block",
+    mask_argument="mask",
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (_LLAMA, _T5)}

@@ -1,13 +1,18 @@
-"""Adapters act through forward hooks on the sites' linear layers; the backbone itself is never changed."""
+"""Adapters act through hooks on the sites' layers; the backbone itself is never changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hyperscale.model.adapters.kinds import AdapterKind
+from hyperscale.model import hooks
+from hyperscale.model.adapters.kinds import AdapterKind, Place
+from hyperscale.model.adapters.prefix import Prefix
+from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -21,6 +26,7 @@ class _Active:
 
 @dataclass(frozen=True)
 class _Place:
+    place: Place
     kind: AdapterKind
     group: str
     index: int
@@ -33,15 +39,23 @@ class Injection:
         self._active: _Active | None = None
         by_name = {kind.name: kind for kind in kinds}
         order = {kind.name: rank for rank, kind in enumerate(kinds)}
-        places: dict[str, list[_Place]] = {}
+        config: Any = backbone.config
+        architecture = architecture_of(config.model_type)
+        places: dict[tuple[str, str], list[_Place]] = {}
         for group, sites in site_map.groups.items():
             for index, site in enumerate(sites):
-                places.setdefault(site.name, []).append(_Place(by_name[site.kind], group, index))
-        self._handles = []
-        for name, here in places.items():
-            here.sort(key=lambda place: order[place.kind.name])
-            hook = self._hook(tuple(here))
-            self._handles.append(backbone.get_submodule(name).register_forward_hook(hook))
+                kind = by_name[site.kind]
+                here = _Place(kind.acts_on(site.position), kind, group, index)
+                places.setdefault((site.name, _WAYS[here.place]), []).append(here)
+        self._handles: list[RemovableHandle] = []
+        for (name, way), here_all in places.items():
+            here_all.sort(key=lambda place: order[place.kind.name])
+            layer, acting = backbone.get_submodule(name), partial(self._acting, tuple(here_all))
+            self._handles.append(_hook(way, layer, acting, architecture))
+        lengths = [kind.length for kind in kinds if isinstance(kind, Prefix)]
+        if lengths and architecture.rotary:
+            rotary = backbone.get_submodule(architecture.rotary)
+            self._handles.append(hooks.before_rotary(rotary, lambda: lengths[0] if self._active else 0))
 
     @contextmanager
     def active(self, weights: Weights, slots: Tensor) -> Iterator[None]:
@@ -64,16 +78,33 @@ class Injection:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, places: tuple[_Place, ...]) -> Any:
-        def adapt(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            active = self._active
-            if active is None:
-                return None
-            for place in places:
-                output = place.kind.apply(args[0], output, _select(active, place))
-            return output
+    def _acting(self, places: tuple[_Place, ...]) -> Sequence[hooks.Act]:
+        active = self._active
+        if active is None:
+            return ()
+        return [hooks.Act(place.place, place.kind, _select(active, place)) for place in places]
 
-        return adapt
+
+_WAYS: Mapping[Place, str] = {
+    "projections": "after",
+    "sublayers": "after",
+    "inputs": "before",
+    "norms": "after_norm",
+    "keys": "inside_attention",
+    "values": "inside_attention",
+}
+
+
+def _hook(way: str, layer: nn.Module, acting: hooks.Acting, architecture: Architecture) -> RemovableHandle:
+    match way:
+        case "after":
+            return hooks.after(layer, acting)
+        case "before":
+            return hooks.before(layer, acting)
+        case "after_norm":
+            return hooks.after_norm(layer, acting)
+        case _:
+            return hooks.inside_attention(layer, acting, architecture.mask_argument)
 
 
 def _select(active: _Active, place: _Place) -> Mapping[str, Tensor]:

@@ -3,30 +3,33 @@
 Heads take shapes from it, injection takes places, export takes names, and a checkpoint is refused when its map differs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from hyperscale.errors import ConfigError, nearest
-from hyperscale.model.adapters.kinds import AdapterKind
+from hyperscale.model.adapters.kinds import AdapterKind, Place
 from hyperscale.model.architectures import Architecture, Stack
 
 
 @dataclass(frozen=True)
 class Site:
-    """One adapter kind at one linear layer."""
+    """One adapter kind at one layer."""
 
     name: str
     """Dotted path of the layer in the backbone: `model.layers.0.self_attn.q_proj`."""
     stack: str
     layer: int
+    """Number of the block; of a stack's final norm, how many blocks come before it."""
     position: str
-    """What the layer is in its block (`q`, `cross_v`, `attention`, `feed_forward`)."""
+    """What is adapted in the block (`q`, `cross_v`, `attention`, `feed_forward`, `keys`)."""
     kind: str
     in_features: int
+    """Width of what goes into the layer."""
     out_features: int
+    """Width of what is adapted."""
 
     @property
     def group(self) -> str:
@@ -53,9 +56,9 @@ class SiteMap:
         """Names of the stacks that hold sites, in map order."""
         return tuple(dict.fromkeys(site.stack for site in self.sites))
 
-    def num_layers(self, stack: str) -> int:
-        """Return one more than the highest layer number in `stack`."""
-        return 1 + max(site.layer for site in self.sites if site.stack == stack)
+    def where(self, keep: Callable[[Site], bool]) -> "SiteMap":
+        """Return the map of the sites for which `keep` is true, in the same order."""
+        return SiteMap(tuple(site for site in self.sites if keep(site)))
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -80,36 +83,73 @@ def find_sites(backbone: nn.Module, architecture: Architecture, kinds: Sequence[
     """
     found: list[Site] = []
     for stack in architecture.stacks:
-        blocks = backbone.get_submodule(stack.blocks)
-        for layer, block in enumerate(blocks.children()):
+        blocks = list(backbone.get_submodule(stack.blocks).children())
+        for layer, block in enumerate(blocks):
             for kind in kinds:
                 found.extend(_sites_of_block(block, stack, layer, kind))
+        for kind in kinds:
+            for target in kind.targets:
+                if target == _FINAL and kind.acts_on(target) == "norms":
+                    width = _norm_width(backbone.get_submodule(stack.final_norm))
+                    found.append(Site(stack.final_norm, stack.name, len(blocks), target, kind.name, width, width))
     for kind in kinds:
         _refuse_missing_targets(found, kind, architecture)
     return SiteMap(tuple(found))
 
 
-def _places(stack: Stack, kind: AdapterKind) -> Mapping[str, str]:
-    return stack.sublayers if kind.acts_on == "sublayers" else stack.projections
+_FINAL = "final"
+"""The norm that is in no block."""
+_CHOSEN: tuple[Place, ...] = ("projections", "sublayers", "inputs")
+"""Places whose targets a recipe names, so that a name that is not there is a mistake."""
+
+
+def _paths(stack: Stack, place: Place) -> Mapping[str, str]:
+    match place:
+        case "projections":
+            return stack.projections
+        case "sublayers":
+            return stack.sublayers
+        case "inputs":
+            return {"feed_forward": stack.sublayers["feed_forward"]}
+        case "norms":
+            return stack.norms
+        case "keys" | "values":
+            return {place: stack.attention}
 
 
 def _sites_of_block(block: nn.Module, stack: Stack, layer: int, kind: AdapterKind) -> list[Site]:
     present = dict(block.named_modules())
     sites = []
     for target in kind.targets:
-        path = _places(stack, kind).get(target)
-        linear = present.get(path) if path else None
-        if isinstance(linear, nn.Linear):
-            name = f"{stack.blocks}.{layer}.{path}"
-            sites.append(Site(name, stack.name, layer, target, kind.name, linear.in_features, linear.out_features))
+        place = kind.acts_on(target)
+        path = _paths(stack, place).get(target)
+        if path is None or path not in present:
+            continue
+        sizes = _sizes(present, path, stack, place)
+        sites.append(Site(f"{stack.blocks}.{layer}.{path}", stack.name, layer, target, kind.name, *sizes))
     return sites
 
 
+def _sizes(present: Mapping[str, nn.Module], path: str, stack: Stack, place: Place) -> tuple[int, int]:
+    """Return the widths of a site: what goes in, and what is adapted."""
+    if place == "norms":
+        width = _norm_width(present[path])
+        return width, width
+    linear: Any = present[stack.projections[place[0]] if place in ("keys", "values") else path]
+    return linear.in_features, linear.in_features if place == "inputs" else linear.out_features
+
+
+def _norm_width(norm: nn.Module) -> int:
+    weight: Any = norm.weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # partitioned, its own shape is that of nothing
+
+
 def _refuse_missing_targets(found: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
-    known = list(dict.fromkeys(name for stack in architecture.stacks for name in _places(stack, kind)))
     used = {site.position for site in found if site.kind == kind.name}
-    missing = [target for target in kind.targets if target not in used]
+    missing = [target for target in kind.targets if target not in used and kind.acts_on(target) in _CHOSEN]
     if missing:
+        place = kind.acts_on(missing[0])
+        known = list(dict.fromkeys(name for stack in architecture.stacks for name in _paths(stack, place)))
         hint = nearest(missing[0], known)
         reason = "this backbone has no such layer" if missing[0] in known else f"known: {', '.join(known)}"
         raise ConfigError(

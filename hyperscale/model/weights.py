@@ -20,9 +20,12 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def as_leaves(weights: Weights) -> Weights:
-    """Return copies cut off from the generator's graph; they collect the gradients of several micro-batches in fp32."""
+    """Return copies cut off from the generator's graph; they collect the gradients of several micro-batches in fp32.
+
+    Those that nothing trainable makes (norms while only new tasks are learnt) collect none.
+    """
     return {
-        key: {name: tensor.detach().requires_grad_() for name, tensor in group.items()}
+        key: {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in group.items()}
         for key, group in weights.items()
     }
 

@@ -1,4 +1,4 @@
-"""A linear map whose weight is one for the batch or one per sample."""
+"""Linear maps and vectors that are one for the batch or one per sample."""
 
 import torch
 from torch import Tensor
@@ -17,3 +17,8 @@ def sample_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         return F.linear(x, weight, bias)
     product = torch.bmm(x, weight.transpose(1, 2))
     return product if bias is None else product + bias.unsqueeze(1)
+
+
+def sample_vector(vector: Tensor) -> Tensor:
+    """Return [out] as it is and [B, out] as [B, 1, out], to meet tokens [B, T, out]."""
+    return vector if vector.dim() == 1 else vector.unsqueeze(1)

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from hyperscale.config.adaptation import LoraSettings
-from hyperscale.model.adapters.kinds import TensorSpec
+from hyperscale.model.adapters.kinds import Place, TensorSpec
 from hyperscale.model.adapters.linear import sample_linear
 
 
@@ -17,18 +16,21 @@ class Lora:
 
     settings: LoraSettings
     name = "lora"
-    acts_on: Literal["projections"] = "projections"
+    is_generated = True
 
     @property
     def targets(self) -> tuple[str, ...]:
         return self.settings.targets
 
+    def acts_on(self, target: str) -> Place:
+        return "projections"
+
     def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
         """A [R, in] normal, B [out, R] zero with alpha / rank folded in."""
         rank = self.settings.rank
         return {
-            "a": TensorSpec((rank, in_features), "normal"),
-            "b": TensorSpec((out_features, rank), "zero", scale=self.settings.alpha / rank),
+            "a": TensorSpec((rank, in_features), "normal", "lora_a"),
+            "b": TensorSpec((out_features, rank), "zero", "lora_b", scale=self.settings.alpha / rank),
         }
 
     def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

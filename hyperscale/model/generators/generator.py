@@ -1,7 +1,8 @@
 """What a generator is: task ids in, the weights of every site out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,18 @@ class Generator(Protocol):
         ...
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the names of the parameters that hold a row for each task, and nothing else."""
+        """Return the names of the tensors, trained or not, that hold a row for each task, and nothing else."""
         ...
 
 
-def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind]) -> GroupSpecs:
-    """List the tensors that a generator has to make."""
+def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind], init: Literal["zero", "paper"] = "zero") -> GroupSpecs:
+    """List the tensors that a generator has to make, each with the start that `init` asks for."""
     by_name = {kind.name: kind for kind in kinds}
     return {
-        group: by_name[sites[0].kind].tensors(sites[0].in_features, sites[0].out_features)
+        group: {
+            name: replace(spec, start=spec.published or spec.start) if init == "paper" else spec
+            for name, spec in by_name[sites[0].kind].tensors(sites[0].in_features, sites[0].out_features).items()
+        }
         for group, sites in site_map.groups.items()
     }
 
@@ -41,10 +45,10 @@ def keep_known_tasks(generator: Any, num_known: int) -> Mapping[str, int]:
     Returns:
         Parameter name -> how many of its first rows must not move.
     """
-    rows = dict.fromkeys(generator.task_parameters(), num_known)
+    of_tasks = generator.task_parameters()
     for name, parameter in generator.named_parameters():
-        parameter.requires_grad_(name in rows)
-    return rows
+        parameter.requires_grad_(name in of_tasks)
+    return {name: num_known for name, parameter in generator.named_parameters() if parameter.requires_grad}
 
 
 def with_new_tasks(generator: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,34 +1,25 @@
 """Output layers of a hypernetwork: from a site's code to its adapter tensors."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hyperscale.model.adapters.kinds import TensorSpec
 from hyperscale.model.generators.generator import GroupSpecs
-
-WEIGHT_STD = 0.01
-"""Standard deviation of a head's weights at the start (HyperFormer's released value)."""
+from hyperscale.model.generators.starts import head_has_bias, start_head
+from hyperscale.model.sites import SiteMap
 
 
 class Head(nn.Module):
-    """One linear layer, code [.., E] -> tensor [.., *shape].
-
-    A `normal` tensor starts near N(0, 1 / fan_in), carried by the bias, so that tasks start alike and rank-wide;
-    a `zero` tensor starts at exactly 0 for every code, and its weights get a gradient from the first step on.
-    """
+    """One linear layer, code [.., E] -> tensor [.., *shape]."""
 
     def __init__(self, code_dim: int, spec: TensorSpec) -> None:
         super().__init__()
         self._spec = spec
-        self.linear = nn.Linear(code_dim, spec.numel)
-        if spec.start == "zero":
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
-        else:
-            nn.init.normal_(self.linear.weight, std=WEIGHT_STD)
-            nn.init.normal_(self.linear.bias, std=spec.std)
+        self.linear = nn.Linear(code_dim, spec.numel, bias=head_has_bias(spec))
+        start_head(self.linear.weight, self.linear.bias, spec)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return tensors [.., *shape] of codes [.., E]."""
@@ -37,24 +28,76 @@ class Head(nn.Module):
         return tensors
 
 
-class Heads(nn.Module):
-    """The heads of one stack; tensors of one kind, name and shape share one (HyperLoader, arXiv 2407.01411)."""
+class SiteHeads(nn.Module):
+    """A head for each of S sites, codes [K, E] -> tensors [K, S, *shape], in one product."""
 
-    def __init__(self, code_dim: int, specs: GroupSpecs) -> None:
+    def __init__(self, num_sites: int, code_dim: int, spec: TensorSpec) -> None:
         super().__init__()
-        self._keys: dict[tuple[str, str], str] = {}
+        self._spec = spec
+        self.weight = nn.Parameter(torch.empty(num_sites, spec.numel, code_dim))
+        bias = nn.Parameter(torch.empty(num_sites, spec.numel)) if head_has_bias(spec) else None
+        self.register_parameter("bias", bias)
+        start_head(self.weight, bias, spec)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return tensors [K, S, *shape] of codes [K, E]."""
+        flat = (codes @ self.weight.flatten(0, 1).T).unflatten(-1, self.weight.shape[:2])
+        if self.bias is not None:
+            flat = flat + self.bias
+        tensors: Tensor = (flat * self._spec.scale).unflatten(-1, self._spec.shape)
+        return tensors
+
+
+class Heads(nn.Module):
+    """The heads of one stack.
+
+    Tensors of one kind, name and shape share one (HyperLoader, arXiv 2407.01411), or share it only within a position.
+    """
+
+    def __init__(
+        self, code_dim: int, site_map: SiteMap, specs: GroupSpecs, by: Literal["shape", "position"] = "shape"
+    ) -> None:
+        super().__init__()
+        self._parts: dict[str, list[_Part]] = {}
         self.heads = nn.ModuleDict()
-        for group, tensors in specs.items():
-            kind = group.split("/")[1]
-            for name, spec in tensors.items():
-                key = f"{kind}_{name}_{'x'.join(map(str, spec.shape))}"
-                self._keys[group, name] = key
-                if key not in self.heads:
-                    self.heads[key] = Head(code_dim, spec)
+        for number, (group, sites) in enumerate(site_map.groups.items()):
+            positions = [site.position if by == "position" else "" for site in sites]
+            self._parts[group] = []
+            places: list[int] = []
+            for position in dict.fromkeys(positions):
+                here = [place for place, other in enumerate(positions) if other == position]
+                keys = {}
+                for name, spec in specs[group].items():
+                    shape = "x".join(map(str, spec.shape))
+                    keys[name] = "_".join(part for part in (sites[0].kind, position, name, shape) if part)
+                    if keys[name] not in self.heads:
+                        self.heads[keys[name]] = Head(code_dim, spec)
+                self._parts[group].append(_Part(slice(len(places), len(places) + len(here)), keys))
+                places += here
+            # sites come in map order, heads want them by position: there and back
+            self.register_buffer(f"_order_{number}", site_rows(places), persistent=False)
+            self.register_buffer(f"_back_{number}", site_rows(places).argsort(), persistent=False)
+        self._numbers = {group: number for number, group in enumerate(self._parts)}
 
     def forward(self, group: str, codes: Tensor) -> Mapping[str, Tensor]:
         """Return the tensors [K, S, …] of one group from its sites' codes [K, S, E]."""
-        return {name: self.heads[key](codes) for (owner, name), key in self._keys.items() if owner == group}
+        parts, number = self._parts[group], self._numbers[group]
+        if len(parts) == 1:
+            return {name: self.heads[key](codes) for name, key in parts[0].keys.items()}
+        ordered = codes.index_select(1, self.get_buffer(f"_order_{number}"))
+        made = {
+            name: torch.cat([self.heads[part.keys[name]](ordered[:, part.rows]) for part in parts], dim=1)
+            for name in parts[0].keys
+        }
+        return {name: tensor.index_select(1, self.get_buffer(f"_back_{number}")) for name, tensor in made.items()}
+
+
+class _Part:
+    """Sites of a group that share heads: where they lie once ordered, and the heads' keys by tensor name."""
+
+    def __init__(self, rows: slice, keys: Mapping[str, str]) -> None:
+        self.rows = rows
+        self.keys = keys
 
 
 def site_rows(indices: list[int]) -> Tensor:

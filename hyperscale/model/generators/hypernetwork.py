@@ -3,14 +3,17 @@
 HyperFormer++ (arXiv 2106.04489) for bottlenecks; HyperLoader (arXiv 2407.01411) for LoRA.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from hyperscale.config.adaptation import HypernetworkSettings
 from hyperscale.model.generators.generator import GroupSpecs
 from hyperscale.model.generators.heads import Heads, site_rows
+from hyperscale.model.generators.starts import start_trunk
 from hyperscale.model.sites import SiteMap
-from hyperscale.model.task_encoders.table import TaskTable
+from hyperscale.model.task_encoders.registry import TaskEncoder
 from hyperscale.model.weights import Weights
 
 
@@ -18,11 +21,10 @@ class Trunk(nn.Module):
     """concat[task | layer | position] -> Linear -> ReLU -> Linear -> LayerNorm: one code for every task and site."""
 
     def __init__(
-        self, settings: HypernetworkSettings, task_dim: int, layers: Tensor, positions: Tensor, num_positions: int
+        self, settings: HypernetworkSettings, task_dim: int, layers: list[int], positions: list[int], num_positions: int
     ) -> None:
         super().__init__()
-        num_layers = int(layers.max()) + 1
-        self.layer_embedding = nn.Embedding(num_layers, settings.layer_dim)
+        self.layer_embedding = nn.Embedding(1 + max(layers), settings.layer_dim)
         self.position_embedding = nn.Embedding(num_positions, settings.position_dim)
         nn.init.normal_(self.layer_embedding.weight)
         nn.init.normal_(self.position_embedding.weight)
@@ -32,8 +34,8 @@ class Trunk(nn.Module):
             nn.Linear(settings.hidden_dim, settings.code_dim),
             nn.LayerNorm(settings.code_dim, eps=1e-6),
         )
-        self.register_buffer("_layers", layers, persistent=False)
-        self.register_buffer("_positions", positions, persistent=False)
+        self.register_buffer("_layers", site_rows(layers), persistent=False)
+        self.register_buffer("_positions", site_rows(positions), persistent=False)
 
     def forward(self, task_codes: Tensor) -> Tensor:
         """Return codes [K, S, E'] of task codes [K, E] at all S sites."""
@@ -49,19 +51,30 @@ class Trunk(nn.Module):
 
 
 class StackGenerator(nn.Module):
-    """Trunk and heads for the sites of one stack, or of all stacks together."""
+    """Trunk and heads for the sites of one stack, or of all stacks together.
 
-    def __init__(self, settings: HypernetworkSettings, task_dim: int, site_map: SiteMap, specs: GroupSpecs) -> None:
+    A position has the same number in every stack, as in HyperLoader: the encoder's table has rows that only the
+    decoder's cross-attention would use.
+    """
+
+    def __init__(
+        self,
+        settings: HypernetworkSettings,
+        task_dim: int,
+        site_map: SiteMap,
+        specs: GroupSpecs,
+        positions: tuple[str, ...],
+    ) -> None:
         super().__init__()
-        ids = {name: number for number, name in enumerate(site_map.positions)}
+        ids = {name: number for number, name in enumerate(positions)}
         blocks = {
             block: number
             for number, block in enumerate(dict.fromkeys((site.stack, site.layer) for site in site_map.sites))
         }
-        layers = site_rows([blocks[site.stack, site.layer] for site in site_map.sites])
-        positions = site_rows([ids[f"{site.kind}:{site.position}"] for site in site_map.sites])
-        self.trunk = Trunk(settings, task_dim, layers, positions, len(ids))
-        self.heads = Heads(settings.code_dim, specs)
+        layers = [blocks[site.stack, site.layer] for site in site_map.sites]
+        numbers = [ids[f"{site.kind}:{site.position}"] for site in site_map.sites]
+        self.trunk = Trunk(settings, task_dim, layers, numbers, len(ids))
+        self.heads = Heads(settings.code_dim, site_map, specs, settings.heads)
         rows = {site: row for row, site in enumerate(site_map.sites)}
         self._buffers_of: dict[str, str] = {}
         for number, (group, sites) in enumerate(site_map.groups.items()):
@@ -81,17 +94,25 @@ class Hypernetwork(nn.Module):
     """Task encoder and one `StackGenerator` per stack (or one for all)."""
 
     def __init__(
-        self, settings: HypernetworkSettings, task_encoder: TaskTable, site_map: SiteMap, specs: GroupSpecs
+        self,
+        settings: HypernetworkSettings,
+        task_encoder: TaskEncoder,
+        site_map: SiteMap,
+        specs: GroupSpecs,
+        init: Literal["zero", "paper"] = "zero",
     ) -> None:
         super().__init__()
         self.task_encoder = task_encoder
         parts = {"joint": site_map} if settings.stacks == "joint" else _by_stack(site_map)
         self.stacks = nn.ModuleDict(
             {
-                name: StackGenerator(settings, task_encoder.dim, part, {group: specs[group] for group in part.groups})
+                name: StackGenerator(settings, task_encoder.dim, part, specs, site_map.positions)
                 for name, part in parts.items()
             }
         )
+        if init == "paper":
+            for stack in self.stacks.values():
+                start_trunk(stack.get_submodule("trunk"))
 
     def forward(self, task_index: Tensor) -> Weights:
         """Return the weights of all sites for task ids [K]."""
@@ -102,8 +123,8 @@ class Hypernetwork(nn.Module):
         return weights
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the name of the task embeddings."""
-        return ("task_encoder.embedding.weight",)
+        """Return the name of what the task encoder keeps of each task."""
+        return (f"task_encoder.{self.task_encoder.rows}",)
 
 
 def _by_stack(site_map: SiteMap) -> dict[str, SiteMap]:

@@ -1,9 +1,12 @@
 """Weights that are parameters: one set for each task (Houlsby et al.) or one set for all."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from hyperscale.model.generators.generator import GroupSpecs
+from hyperscale.model.generators.starts import start_stored
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -13,14 +16,13 @@ class WeightTable(nn.Module):
 
     def __init__(self, site_map: SiteMap, specs: GroupSpecs, num_sets: int) -> None:
         super().__init__()
-        self._specs = specs
+        self._specs = {group: specs[group] for group in site_map.groups}
         self._names: dict[tuple[str, str], str] = {}
         for group, sites in site_map.groups.items():
             for name, spec in specs[group].items():
                 key = f"{group}/{name}".replace("/", "__")
-                start = torch.zeros(num_sets, len(sites), *spec.shape)
-                if spec.start == "normal":
-                    nn.init.normal_(start, std=spec.std)
+                start = torch.empty(num_sets, len(sites), *spec.shape)
+                start_stored(start, spec)
                 self.register_parameter(key, nn.Parameter(start))
                 self._names[group, name] = key
 
@@ -65,3 +67,31 @@ class Shared(nn.Module):
     def task_parameters(self) -> tuple[str, ...]:
         """Return nothing: no parameter belongs to one task."""
         return ()
+
+
+class Together(nn.Module):
+    """A generator, and beside it the weights of kinds that no generator makes."""
+
+    def __init__(self, generated: Any, kept: Any) -> None:
+        """`generated`: a generator, or None where there is nothing to generate; `kept`: another, of the rest."""
+        super().__init__()
+        self.generated = generated
+        self.kept = kept
+
+    def forward(self, task_index: Tensor) -> Weights:
+        """Return the weights of all sites for task ids [K]."""
+        generated: Weights = {} if self.generated is None else self.generated(task_index)
+        kept: Weights = self.kept(task_index)
+        return {**generated, **kept}
+
+    @property
+    def task_encoder(self) -> nn.Module | None:
+        """What makes the generator's task codes, if it has any."""
+        return getattr(self.generated, "task_encoder", None)
+
+    def task_parameters(self) -> tuple[str, ...]:
+        """Return the names of both parts."""
+        parts = {"generated": self.generated, "kept": self.kept}
+        return tuple(
+            f"{name}.{parameter}" for name, part in parts.items() if part for parameter in part.task_parameters()
+        )

@@ -8,6 +8,9 @@ from hyperscale.config.adaptation import TaskTableSettings
 class TaskTable(nn.Module):
     """Task embeddings, N(0, 1) at the start as in HyperFormer (arXiv 2106.04489)."""
 
+    rows = "embedding.weight"
+    """Name of the tensor with a row for each task."""
+
     def __init__(self, settings: TaskTableSettings, num_tasks: int) -> None:
         super().__init__()
         self.dim = settings.dim

@@ -1,0 +1,95 @@
+"""Prefix tuning (arXiv 2101.00190): keys and values that stand before those of the text, in every self-attention.
+
+The prefix takes the positions 0 to P - 1 and the text those after it, in both families: LLaMA's rotation of the text
+begins at P (the prefix's own keys are used as they are, as PEFT does), T5's relative bias counts from the prefix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
+
+from hyperscale.config.adaptation import PrefixSettings
+from hyperscale.model.adapters.kinds import Place, TensorSpec
+
+_SCALE = 10.0
+"""Factor on what is learned, so that a prefix takes the rates of the other kinds. Measured without it on SmolLM2-135M,
+25 steps from a loss of 8.6: stored rows reach 6.9 at a rate of 3e-3, 2.9 at 1e-2 and 1.0 at 3e-2."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """P positions for the keys and for the values of a self-attention.
+
+    There is no start without effect: whatever the values are, attention that goes to the prefix is taken from the
+    text. Rows of norm near 1 are small beside a pretrained model's keys, and unlike, so that they learn apart.
+    """
+
+    settings: PrefixSettings
+    name = "prefix"
+    is_generated = True
+    targets = ("keys", "values")
+
+    @property
+    def length(self) -> int:
+        return self.settings.length
+
+    def acts_on(self, target: str) -> Place:
+        return "keys" if target == "keys" else "values"
+
+    def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
+        """Rows [P, out], `out` being the width of all key and value heads together."""
+        return {"rows": TensorSpec((self.settings.length, out_features), "normal", scale=_SCALE)}
+
+    def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        rows = weights["rows"]
+        heads = (rows if rows.dim() == 3 else rows.unsqueeze(0)).unflatten(-1, (y.shape[1], y.shape[3]))
+        return torch.cat([heads.transpose(1, 2).expand(len(y), -1, -1, -1), y], dim=2)
+
+
+class PrefixedCache:
+    """Stands in a cache's place for one attention layer: what it returns has the prefix in front.
+
+    The cache itself never holds the prefix, which is put there anew at every token, so that it may differ by sample
+    and its gradient is not kept between calls.
+    """
+
+    def __init__(self, cache: Any, length: int, adapt: Mapping[Place, Any]) -> None:
+        """`cache`: the model's own, or None; `adapt`: for `keys` and `values`, a function of those of the text."""
+        self._cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        self._length = length
+        self._adapt = adapt
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values; return all of them, [B, heads, P + T, width]."""
+        if self._cache is not None:
+            keys, values = self._cache.update(keys, values, layer, *rest, **more)
+        return self._adapt["keys"](keys), self._adapt["values"](values)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Return how many positions came before the new tokens, the prefix included; T5 places its bias by it."""
+        stored = 0 if self._cache is None else int(self._cache.get_seq_length(layer))
+        return stored + self._length
+
+
+def widened_mask(mask: Tensor | None, queries: Tensor, length: int, is_causal: bool) -> Tensor | None:
+    """Return an attention mask [B or 1, 1, T, P + keys] whose first P columns let everything through.
+
+    Args:
+        mask: the model's, additive or boolean; None where it lets everything through, or where the attention kernel
+            would make a causal one itself, which it cannot with more keys than queries.
+        queries: hidden states [B, T, D], for length and dtype.
+    """
+    if mask is None:
+        tokens = queries.shape[1]
+        if not is_causal or tokens == 1:
+            return None
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=queries.device).triu(1)
+        mask = torch.zeros(1, 1, tokens, tokens, dtype=queries.dtype, device=queries.device)
+        mask = mask.masked_fill(later, torch.finfo(queries.dtype).min)
+    visible = torch.ones if mask.dtype == torch.bool else torch.zeros
+    front = visible(*mask.shape[:-1], length, dtype=mask.dtype, device=mask.device)
+    return torch.cat([front, mask], dim=-1)

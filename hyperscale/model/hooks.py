@@ -1,0 +1,100 @@
+"""How each place of a block is reached: the hooks that adapt what passes there.
+
+They return at once where nothing acts, and never touch a parameter of the backbone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hyperscale.model.adapters.kinds import AdapterKind, Place
+from hyperscale.model.adapters.norm_delta import rms_normalised
+from hyperscale.model.adapters.prefix import Prefix, PrefixedCache, widened_mask
+
+
+class Act(NamedTuple):
+    """One kind at one place, with the weights of the batch's tasks."""
+
+    place: Place
+    kind: AdapterKind
+    weights: Mapping[str, Tensor]
+
+
+Acting = Callable[[], Sequence[Act]]
+"""Returns what acts at a layer now, in order; nothing outside of `Injection.active`."""
+
+
+def after(layer: nn.Module, acting: Acting) -> RemovableHandle:
+    """Adapt what comes out of a linear layer."""
+
+    def adapt(_layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for act in acting():
+            output = act.kind.apply(args[0], output, act.weights)
+        return output
+
+    return layer.register_forward_hook(adapt)
+
+
+def before(layer: nn.Module, acting: Acting) -> RemovableHandle:
+    """Adapt what goes into a linear layer."""
+
+    def adapt(_layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        for act in acting():
+            x = act.kind.apply(x, x, act.weights)
+        return (x, *args[1:])
+
+    return layer.register_forward_pre_hook(adapt)
+
+
+def after_norm(norm: nn.Module, acting: Acting) -> RemovableHandle:
+    """Adapt what comes out of an RMS norm, given what its weight multiplies."""
+
+    def adapt(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        acts = acting()
+        if acts:
+            normalised = rms_normalised(args[0], layer.variance_epsilon, output.dtype)
+            for act in acts:
+                output = act.kind.apply(normalised, output, act.weights)
+        return output
+
+    return norm.register_forward_hook(adapt)
+
+
+def inside_attention(attention: nn.Module, acting: Acting, mask_argument: str) -> RemovableHandle:
+    """Put keys and values before those of a self-attention, and columns for them before its mask's."""
+
+    def adapt(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        acts = acting()
+        if not acts:
+            return args, named
+        states = args[0] if args else named["hidden_states"]
+        length = prefix_length(acts)
+        cache = PrefixedCache(named.get("past_key_values"), length, {act.place: partial(_applied, act) for act in acts})
+        mask = widened_mask(named.get(mask_argument), states, length, getattr(layer, "is_causal", False))
+        return args, named | {"past_key_values": cache, mask_argument: mask}
+
+    return attention.register_forward_pre_hook(adapt, with_kwargs=True)
+
+
+def before_rotary(rotary: nn.Module, length: Callable[[], int]) -> RemovableHandle:
+    """Let the text's positions begin after the prefix."""
+
+    def adapt(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if "position_ids" in named:
+            return args, named | {"position_ids": named["position_ids"] + length()}
+        return (args[0], args[1] + length(), *args[2:]), named
+
+    return rotary.register_forward_pre_hook(adapt, with_kwargs=True)
+
+
+def prefix_length(acts: Sequence[Act]) -> int:
+    """Return how many positions a prefix takes; 0 without one."""
+    return next((act.kind.length for act in acts if isinstance(act.kind, Prefix)), 0)
+
+
+def _applied(act: Act, states: Tensor) -> Tensor:
+    return act.kind.apply(states, states, act.weights)

@@ -1,0 +1,62 @@
+"""Task codes from the tasks' written descriptions, so that a task that was never trained has a code too."""
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.adaptation import TaskTextSettings
+from hyperscale.errors import ConfigError
+
+
+class TaskText(nn.Module):
+    """A trained projection of fixed features, one row a task (as in Text-to-LoRA, arXiv 2506.06105).
+
+    Features are pooled hidden states of the descriptions. Those of different texts point much the same way, so what
+    they have in common is taken off: codes begin as far apart as those of a table, near N(0, 1). Features, their centre
+    and their spread are part of the generator's state: a checkpoint needs no backbone to make its tasks' codes.
+    """
+
+    rows = "features"
+    """Name of the tensor with a row for each task."""
+    features: Tensor
+    centre: Tensor
+    spread: Tensor
+
+    def __init__(self, settings: TaskTextSettings, features: Tensor) -> None:
+        """`features`: [K, D] in fp32, one row for each task of the run, in order."""
+        super().__init__()
+        self.dim = settings.dim
+        centre = features.mean(0)
+        self.register_buffer("features", features.clone())
+        self.register_buffer("centre", centre)
+        self.register_buffer("spread", (features - centre).pow(2).mean().sqrt().clamp(min=1e-6))
+        self.project = nn.Linear(features.shape[1], settings.dim)
+        nn.init.normal_(self.project.weight, std=features.shape[1] ** -0.5)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, task_index: Tensor) -> Tensor:
+        """Return codes [K, E] of task ids [K] int64."""
+        codes: Tensor = self.project((self.features.index_select(0, task_index) - self.centre) / self.spread)
+        return codes
+
+    def append(self, features: Tensor) -> Tensor:
+        """Take up tasks that were not trained, features [N, D]; returns their task ids [N].
+
+        Centre and spread stay those of the trained tasks, so that their codes do not move.
+        """
+        first = len(self.features)
+        self.features = torch.cat([self.features, features.to(self.features)])
+        return torch.arange(first, len(self.features), device=self.features.device)
+
+
+def check_features(features: Tensor | None, num_tasks: int) -> Tensor:
+    """Return the features as given; refuse none, or as many as there are not tasks."""
+    if features is None:
+        raise ConfigError(
+            "adaptation.task_encoder.kind 'text' needs features of the tasks' descriptions, which this command does "
+            "not make; use 'table'"
+        )
+    if features.dim() != 2 or len(features) != num_tasks:
+        raise ConfigError(
+            f"adaptation.task_encoder.kind 'text' has features of shape {list(features.shape)} for {num_tasks} tasks"
+        )
+    return features

@@ -1,0 +1,238 @@
+"""Every adapter kind and generator written plainly, straight from the formulas: one task and one site at a time.
+
+The reference that the batched generation and the hooks are compared with. It shares their parameters and their site
+map, and none of their code: adapted layers are modules of their own in the places of the backbone's.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.adaptation import AdaptationSettings
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.generators.generator import group_specs
+from hyperscale.model.sites import Site
+
+Plain = Mapping[str, Tensor]
+
+
+def weights(adapted: AdaptedModel, chosen: AdaptationSettings, task: int, site: Site) -> dict[str, Tensor]:
+    """Make one task's weights of one site from the generator's parameters."""
+    parameters = dict(adapted.generator.named_parameters())
+    specs = group_specs(adapted.site_map, build_kinds(chosen.adapters), chosen.init)[site.group]
+    names = {one.kind for one in chosen.adapters}
+    root = "generated." if {"norm_delta"} < names else ""
+    if site.kind == "norm_delta":
+        per_task = parameters["kept.table." + _key(site, "delta")]
+        row = task if len(per_task) > 1 else 0
+        return {"delta": per_task[row, _index(adapted, site)]}
+    flat = {name: _flat(adapted, chosen, parameters, root, task, site, name) for name in specs}
+    return {name: (flat[name] * spec.scale).reshape(spec.shape) for name, spec in specs.items()}
+
+
+def _flat(
+    adapted: AdaptedModel,
+    chosen: AdaptationSettings,
+    parameters: Mapping[str, Tensor],
+    root: str,
+    task: int,
+    site: Site,
+    name: str,
+) -> Tensor:
+    kind = chosen.generator.kind
+    if kind in ("independent", "shared"):
+        table = parameters[f"{root}table.{_key(site, name)}"]
+        return table[task if kind == "independent" else 0, _index(adapted, site)]
+    code = parameters[f"{root}task_encoder.embedding.weight"][task]
+    if kind == "per_layer":
+        code = _mlp(parameters, f"{root}project", code)
+        head = f"{root}heads.{_key(site, name)}"
+        made = parameters[f"{head}.weight"][_index(adapted, site)] @ code
+        return made + parameters[f"{head}.bias"][_index(adapted, site)] if f"{head}.bias" in parameters else made
+    settings: Any = chosen.generator
+    generated = [other for other in adapted.site_map.sites if other.kind != "norm_delta"]
+    part = [other for other in generated if settings.stacks == "joint" or other.stack == site.stack]
+    root = f"{root}stacks.{'joint' if settings.stacks == 'joint' else site.stack}"
+    blocks = list(dict.fromkeys((other.stack, other.layer) for other in part))
+    places = list(dict.fromkeys((other.kind, other.position) for other in generated))
+    code = torch.cat(
+        [
+            code,
+            parameters[f"{root}.trunk.layer_embedding.weight"][blocks.index((site.stack, site.layer))],
+            parameters[f"{root}.trunk.position_embedding.weight"][places.index((site.kind, site.position))],
+        ]
+    )
+    code = _mlp(parameters, f"{root}.trunk.project", code)
+    code = (code - code.mean()) / (code.var(correction=0) + 1e-6).sqrt()
+    code = code * parameters[f"{root}.trunk.project.3.weight"] + parameters[f"{root}.trunk.project.3.bias"]
+    specs = group_specs(adapted.site_map, build_kinds(chosen.adapters), chosen.init)[site.group]
+    words = [site.kind, *([site.position] if settings.heads == "position" else []), name]
+    head = f"{root}.heads.heads.{'_'.join(words)}_{'x'.join(map(str, specs[name].shape))}.linear"
+    made = parameters[f"{head}.weight"] @ code
+    return made + parameters[f"{head}.bias"] if f"{head}.bias" in parameters else made
+
+
+def _mlp(parameters: Mapping[str, Tensor], name: str, code: Tensor) -> Tensor:
+    code = (parameters[f"{name}.0.weight"] @ code + parameters[f"{name}.0.bias"]).clamp(min=0)
+    return parameters[f"{name}.2.weight"] @ code + parameters[f"{name}.2.bias"]
+
+
+def _key(site: Site, name: str) -> str:
+    return f"{site.group}/{name}".replace("/", "__")
+
+
+def _index(adapted: AdaptedModel, site: Site) -> int:
+    return [other for other in adapted.site_map.sites if other.group == site.group].index(site)
+
+
+class PlainLinear(nn.Module):
+    """A linear layer with what acts on it, for one sample of one task."""
+
+    def __init__(self, base: nn.Linear, chosen: AdaptationSettings) -> None:
+        super().__init__()
+        self.base = base
+        self.settings: dict[str, Any] = {one.kind: one for one in chosen.adapters}
+        self.at: dict[tuple[str, str], Plain] = {}
+
+    @property
+    def weight(self) -> Tensor:  # T5 looks at its dtype
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for (kind, position), made in self.at.items():
+            if kind == "ia3" and position == "feed_forward":
+                x = x * (1 + made["delta"])
+        y = x @ self.base.weight.T
+        for (kind, _), made in self.at.items():
+            if kind == "lora":
+                y = y + x @ (made["b"] @ made["a"]).T
+        for (kind, position), made in self.at.items():
+            if kind == "ia3" and position != "feed_forward":
+                y = y * (1 + made["delta"])
+        for (kind, _), made in self.at.items():
+            if kind == "bottleneck":
+                y = y + self._branch(y, made)
+        return y
+
+    def _branch(self, y: Tensor, made: Plain) -> Tensor:
+        hidden = y @ made["down"].T + made["down_bias"]
+        hidden = hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        branch = hidden @ made["up"].T + made["up_bias"]
+        if not self.settings["bottleneck"].layer_norm:
+            return branch
+        centred = branch - branch.mean(-1, keepdim=True)
+        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * made["gamma"] + made["beta"]
+
+
+class PlainNorm(nn.Module):
+    """`(w + δ) ⊙ x / rms(x)`."""
+
+    def __init__(self, base: Any, delta: Tensor) -> None:
+        super().__init__()
+        self.weight, self.eps, self.delta = base.weight, base.variance_epsilon, delta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight + self.delta) * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+class PlainAttention(nn.Module):
+    """Self-attention over one sample with P rows of keys and values at positions 0 to P - 1, the text after them."""
+
+    def __init__(self, base: Any, keys: Tensor, values: Tensor, first: Any) -> None:
+        super().__init__()
+        self.base, self.keys, self.values = base, keys, values
+        self.first = [first]  # T5's first attention holds the bias of all; a list, so that it is no submodule
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Any, ...]:
+        base, length = self.base, len(self.keys)
+        is_t5 = hasattr(base, "key_value_proj_dim")
+        names = ("q", "k", "v", "o") if is_t5 else ("q_proj", "k_proj", "v_proj", "o_proj")
+        q, k, v, o = (getattr(base, name) for name in names)
+        width = base.key_value_proj_dim if is_t5 else base.head_dim
+        x = hidden_states[0]
+        positions = torch.arange(length, length + len(x))
+        queries, keys, values = (part(x).unflatten(-1, (-1, width)) for part in (q, k, v))
+        if not is_t5:
+            queries, keys = rotated(queries, positions), rotated(keys, positions)
+        keys = torch.cat([self.keys.unflatten(-1, (-1, width)), keys])
+        values = torch.cat([self.values.unflatten(-1, (-1, width)), values])
+        rows = []
+        for place, query in zip(positions.tolist(), queries, strict=True):
+            seen = place + 1 if base.is_causal else len(keys)
+            heads = []
+            for head in range(query.shape[0]):
+                shared = head // (query.shape[0] // keys.shape[1])
+                scores = keys[:seen, shared] @ query[head]
+                scores = scores + self._bias(place, seen, head) if is_t5 else scores / math.sqrt(width)
+                heads.append(torch.softmax(scores, 0) @ values[:seen, shared])
+            rows.append(torch.cat(heads))
+        attended = o(torch.stack(rows).unsqueeze(0))
+        return (attended, None, None) if is_t5 else (attended, None)
+
+    def _bias(self, place: int, seen: int, head: int) -> Tensor:
+        first = self.first[0]
+        buckets = first._relative_position_bucket(
+            torch.arange(seen) - place, not first.is_decoder, first.relative_attention_num_buckets
+        )
+        return first.relative_attention_bias.weight[buckets, head]
+
+
+def rotated(states: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotate [T, heads, width] by LLaMA's angles: pairs (i, i + width / 2), position · base^(-2i / width)."""
+    half = states.shape[-1] // 2
+    angles = positions[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    cos, sin = angles.cos()[:, None].to(states.dtype), angles.sin()[:, None].to(states.dtype)
+    one, other = states[..., :half], states[..., half:]
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], dim=-1)
+
+
+def exact_norms(backbone: nn.Module) -> None:
+    """Let a backbone's norms and rotations compute in the dtype of their input: transformers has fp32 in them."""
+    for module in backbone.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(_exact_norm, module)
+        if type(module).__name__ == "LlamaRotaryEmbedding":
+            half = module.inv_freq.shape[0]
+            module.inv_freq = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+            module.forward = MethodType(_exact_rotation, module)
+
+
+def _exact_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+
+
+def _exact_rotation(rotary: Any, _x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    angles = position_ids[..., None] * torch.cat([rotary.inv_freq] * 2)
+    return angles.cos(), angles.sin()
+
+
+def put_in(backbone: nn.Module, made: Mapping[Site, Plain], chosen: AdaptationSettings) -> None:
+    """Put plain modules with one task's weights in the places of a backbone's layers."""
+    for site, weights_here in made.items():
+        layer: Any = backbone.get_submodule(site.name)
+        if site.kind in ("lora", "ia3", "bottleneck"):
+            if isinstance(layer, nn.Linear):
+                layer = PlainLinear(layer, chosen)
+                replace(backbone, site.name, layer)
+            layer.at[site.kind, site.position] = weights_here
+        elif site.kind == "norm_delta":
+            replace(backbone, site.name, PlainNorm(layer, weights_here["delta"]))
+    prefixes = {site: rows for site, rows in made.items() if site.kind == "prefix"}
+    firsts: dict[str, Any] = {}
+    for site, keys in prefixes.items():
+        if site.position == "keys":
+            layer = backbone.get_submodule(site.name)
+            (values,) = [rows for other, rows in prefixes.items() if other.name == site.name and other != site]
+            first = firsts.setdefault(site.stack, layer)
+            replace(backbone, site.name, PlainAttention(layer, keys["rows"], values["rows"], first))
+
+
+def replace(backbone: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a backbone's."""
+    owner, _, last = name.rpartition(".")
+    setattr(backbone.get_submodule(owner), last, module)

@@ -1,0 +1,117 @@
+"""Tasks known by number, and tasks known by what is written about them."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyperscale.config.adaptation import AdaptationSettings, TaskEncoderSettings
+from hyperscale.errors import ConfigError
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.generators.generator import keep_known_tasks, with_new_tasks
+from hyperscale.model.generators.registry import build_generator, stored_features
+from hyperscale.model.sites import SiteMap
+from hyperscale.model.task_encoders.registry import TASK_ENCODERS
+from hyperscale.model.weights import tensors_of
+from tests import tiny
+
+NUM_TASKS, WIDTH = 4, 24
+
+
+def features(count: int = NUM_TASKS) -> Tensor:
+    """Much alike, as pooled hidden states are."""
+    random = torch.Generator().manual_seed(2)
+    return 5 * torch.randn(WIDTH, generator=random) + 0.3 * torch.randn(count, WIDTH, generator=random)
+
+
+def settings(generator: str, encoder: str = "text", **more: Any) -> AdaptationSettings:
+    return AdaptationSettings.model_validate(
+        {"generator": {"kind": generator}, "task_encoder": {"kind": encoder, "dim": 16}, **more}
+    )
+
+
+@pytest.fixture(scope="module")
+def site_map(tiny_llama_folder: Path) -> SiteMap:
+    return tiny.adapted_model(tiny_llama_folder).site_map
+
+
+def build(chosen: AdaptationSettings, site_map: SiteMap, given: Tensor | None, num_tasks: int = NUM_TASKS) -> nn.Module:
+    return build_generator(chosen, site_map, build_kinds(chosen.adapters), num_tasks, 0, given)
+
+
+@pytest.mark.parametrize("generator", ["hypernetwork", "per_layer"])
+def test_codes_are_a_projection_of_what_sets_the_descriptions_apart(generator: str, site_map: SiteMap):
+    made = build(settings(generator), site_map, features())
+    encoder = made.get_submodule("task_encoder")
+    codes = encoder(torch.tensor([3, 1]))
+    centre = features().mean(0)
+    spread = (features() - centre).pow(2).mean().sqrt()
+    for row, task in enumerate((3, 1)):
+        expected = encoder.project.weight @ ((features()[task] - centre) / spread) + encoder.project.bias
+        torch.testing.assert_close(codes[row], expected, rtol=1e-5, atol=1e-5)
+    every = encoder(torch.arange(NUM_TASKS))
+    assert 0.5 < every.std() < 1.5  # a table's are N(0, 1)
+    assert torch.cdist(every, every)[~torch.eye(NUM_TASKS, dtype=torch.bool)].min() > 1
+
+    tiny.disturb(made)
+    weights = made(torch.arange(NUM_TASKS))
+    sum(tensor.square().sum() for tensor in tensors_of(weights)).backward()
+    assert encoder.project.weight.grad.any()
+    assert not encoder.features.requires_grad
+    for tensor in tensors_of(weights):
+        assert not torch.equal(tensor[0], tensor[1])
+
+
+@pytest.mark.parametrize("generator", ["hypernetwork", "per_layer"])
+def test_features_travel_with_the_generator(generator: str, site_map: SiteMap):
+    made = build(settings(generator), site_map, features())
+    tiny.disturb(made)
+    state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    found = stored_features(state)
+    assert torch.equal(found, features())
+    again = build(settings(generator), site_map, found)
+    again.load_state_dict(state, strict=True)
+    tasks = torch.tensor([2, 0])
+    for one, other in zip(tensors_of(made(tasks)), tensors_of(again(tasks)), strict=True):
+        assert torch.equal(one, other)
+    assert stored_features(build(settings(generator, "table"), site_map, None).state_dict()) is None
+
+
+def test_a_task_that_was_never_trained(site_map: SiteMap):
+    made = build(settings("hypernetwork"), site_map, features())
+    tiny.disturb(made)
+    before = made(torch.arange(NUM_TASKS))
+    new = features(NUM_TASKS + 2)[NUM_TASKS:]
+    ids = made.task_encoder.append(torch.cat([new, features()[1:2]]))
+    assert ids.tolist() == [4, 5, 6]
+    for old, now in zip(tensors_of(before), tensors_of(made(torch.arange(NUM_TASKS))), strict=True):
+        assert torch.equal(old, now)  # the trained tasks are as they were
+    for tensor in tensors_of(made(torch.cat([ids, torch.tensor([1])]))):
+        assert not torch.equal(tensor[0], tensor[1])
+        torch.testing.assert_close(tensor[2], tensor[3], rtol=1e-6, atol=1e-6)  # the same words, the same task
+
+
+def test_more_described_tasks_leave_the_known_ones_to_the_bit(site_map: SiteMap):
+    known = build(settings("hypernetwork"), site_map, features())
+    tiny.disturb(known)
+    every = torch.cat([features(), features(NUM_TASKS + 2)[NUM_TASKS:]])
+    more = build(settings("hypernetwork"), site_map, every, NUM_TASKS + 2)
+    more.load_state_dict(with_new_tasks(more, known.state_dict()), strict=True)
+    for one, other in zip(tensors_of(known(torch.arange(4))), tensors_of(more(torch.arange(4))), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(more.task_encoder.features, every)
+    assert keep_known_tasks(more, NUM_TASKS) == {}
+
+
+def test_what_text_refuses(site_map: SiteMap):
+    with pytest.raises(ConfigError, match=r"^adaptation.task_encoder.kind 'text' needs features of the tasks'"):
+        build(settings("hypernetwork"), site_map, None)
+    with pytest.raises(ConfigError, match=r"features of shape \[4, 24\] for 3 tasks$"):
+        build(settings("hypernetwork"), site_map, features(), num_tasks=3)
+
+
+def test_every_task_encoder_of_the_recipe_is_built():
+    (union, *_) = get_args(TaskEncoderSettings)
+    assert {member.model_fields["kind"].default for member in get_args(union)} == set(TASK_ENCODERS)
