@@ -72,7 +72,6 @@ def test_methods_are_compared_by_one_word(kind: str) -> None:
 )
 def test_a_papers_recipe_trains_as_much_as_the_paper(name: str, num_tasks: int, published: int) -> None:
     recipe = load_recipe(name)
-    assert len(recipe.data.tasks) == num_tasks
     kinds = build_kinds(recipe.adaptation.adapters)
     config = T5Config(vocab_size=32_128, d_model=768, d_ff=3072, num_layers=12, num_heads=12)
     with torch.device("meta"):
