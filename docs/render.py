@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-VERBS = ("train", "submit", "evaluate", "predict", "export", "tasks", "validate", "schema", "doctor", "track")
+VERBS = ("train", "submit", "evaluate", "predict", "export", "tasks", "validate", "plan", "schema", "doctor", "track")
 
 
 def run(*arguments: str) -> str:

@@ -18,7 +18,9 @@ from hyperscale.data.tasks import list_tasks
 from tests.command import run
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = ("train", "submit", "evaluate", "predict", "export", "tasks", "validate", "schema", "doctor", "track")
+VERBS = (
+    *("train", "submit", "evaluate", "predict", "export", "tasks", "validate", "plan", "schema", "doctor", "track"),
+)
 
 
 def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

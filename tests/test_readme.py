@@ -41,7 +41,7 @@ def write_files(folder: Path) -> None:
 
 def small(words: list[str], backbone: Path) -> list[str]:
     """Make a command that trains or validates small enough for a test; what it means to show stays."""
-    if words[0] not in ("train", "validate") or "--show" in words:
+    if words[0] not in ("train", "validate", "plan") or "--show" in words:
         return words
     given = {word.partition("=")[0] for word in words}
     steps = 3 if "training.steps" in given else 2
