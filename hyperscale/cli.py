@@ -144,7 +144,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_recipe(validate)
     validate.add_argument("--show", action="store_true", help="print the resolved recipe, and nothing else")
 
-    plan = verb("plan", _plan, "say what memory, network and time a recipe needs, without loading weights")
+    plan = verb("plan", _plan, "say what memory and time a run needs, no weights read")
     _add_recipe(plan)
     plan.add_argument("--gpus", type=int, help="GPUs in all, one rank each (default: the recipe's cluster section)")
     plan.add_argument("--nodes", type=int, default=1, help="machines that share them evenly (default: 1)")
