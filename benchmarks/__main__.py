@@ -7,6 +7,7 @@ from benchmarks.step import RANKS
 
 COMMANDS = {
     "step": ["torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "benchmarks.step"],
+    "memory": ["benchmarks.memory"],
 }
 
 

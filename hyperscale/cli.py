@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hyperscale import __version__
 from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
+from hyperscale.config.sizes import parse_size
 from hyperscale.errors import ConfigError, DataError, HyperscaleError, nearest
 from hyperscale.logger import set_up_logging
 from hyperscale.tracking.formats import counted
@@ -178,6 +179,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     validate = verb("validate", _validate, "check a recipe, its backbone and its data, no training")
     _add_recipe(validate)
     validate.add_argument("--show", action="store_true", help="print the resolved recipe, and nothing else")
+
+    plan = verb("plan", _plan, "say what memory and time a run needs, no weights read")
+    _add_recipe(plan)
+    plan.add_argument("--gpus", type=int, help="GPUs in all, one rank each (default: the recipe's cluster section)")
+    plan.add_argument("--nodes", type=int, default=1, help="machines that share them evenly (default: 1)")
+    plan.add_argument("--gpu-memory", help="memory of one GPU, or of one rank on CPUs: 80GiB (default: this machine's)")
+    plan.add_argument("--bandwidth", type=float, help="GB/s that one rank receives from the others")
+    plan.add_argument("--rate", type=float, help="TFLOP/s that one rank sustains, measured or hoped for")
+    plan.add_argument("--json", action="store_true", help="print everything as JSON")
 
     verb("schema", _schema, "print the JSON schema of a recipe")
     verb("doctor", _doctor, "say what this machine has and what is missing")
@@ -399,6 +409,23 @@ def _validate(options: argparse.Namespace) -> int:
         f"{found.trained_parameters:,} parameters ({share:.2f} % of the frozen {found.backbone_parameters:,})"
     )
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    for name in ("gpus", "nodes", "bandwidth", "rate"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name} {value}: must be more than 0")
+    try:
+        memory = parse_size(options.gpu_memory) if options.gpu_memory else None
+    except ValueError as error:
+        raise ConfigError(f"--gpu-memory: {error}") from error
+    from hyperscale.launch.plan import Asked, plan_recipe, render_json, render_text
+
+    plan = plan_recipe(recipe, Asked(options.gpus, options.nodes, memory, options.bandwidth, options.rate))
+    print(render_json(plan) if options.json else render_text(plan, recipe))
+    return 0 if plan.fits is not False else 1
 
 
 def _schema(_options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ VERBS = (
     "export",
     "tasks",
     "validate",
+    "plan",
     "schema",
     "doctor",
     "track",

@@ -46,16 +46,12 @@ def test_every_preset_is_completed(path: Path, resident: str, dtype: str):
     assert raw == json.loads(path.read_text())  # what was given is left alone
     zero = done["zero_optimization"]
     assert zero["stage"] == 3
-    thresholds = ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
     for key, value in raw["zero_optimization"].items():
-        assert zero[key] == value or (resident == "all" and key in thresholds)
-    if resident == "all":
-        assert min(zero[key] for key in thresholds) > 10**12
-    else:
-        assert zero["stage3_param_persistence_threshold"] == 0
-        assert zero["stage3_prefetch_bucket_size"] == BLOCK
-        assert zero["stage3_max_live_parameters"] == 2 * BLOCK
-        assert zero["stage3_max_reuse_distance"] == 0
+        assert zero[key] == value
+    assert zero["stage3_param_persistence_threshold"] == 0
+    assert zero["stage3_prefetch_bucket_size"] == BLOCK
+    assert zero["stage3_max_live_parameters"] == 2 * BLOCK
+    assert zero["stage3_max_reuse_distance"] == 0
 
 
 def test_an_empty_file_is_enough_and_what_we_do_not_decide_stays():

@@ -43,7 +43,7 @@ def small(words: list[str], backbone: Path) -> list[str]:
     """Make a command that trains or validates small enough for a test; what it means to show stays."""
     if words[0] == "adapt":
         return [*words, "training.steps=2", "--launcher", "local"]
-    if words[0] not in ("train", "validate") or "--show" in words:
+    if words[0] not in ("train", "validate", "plan") or "--show" in words:
         return words
     given = {word.partition("=")[0] for word in words}
     steps = 3 if "training.steps" in given else 2

@@ -2,9 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hyperscale.config.section import Section
+from hyperscale.config.sizes import parse_size
+
+RESIDENT_WORDS = ("auto", "none", "all")
 
 
 class EngineSettings(Section):
@@ -13,8 +16,23 @@ class EngineSettings(Section):
     kind: Literal["zero", "local"] = "zero"
     ds_config: str = Field(default="zero3", min_length=1)
     """A preset of ds_configs/, or the path of a DeepSpeed JSON file, relative to the recipe."""
-    resident: Literal["none", "all"] = "none"
-    """Which blocks stay gathered between steps: none (least memory) or all (fastest)."""
+    resident: str = "auto"
+    """How much of the backbone stays gathered on every worker, besides its own shard. `auto`: what the plan of the
+    run (`hyperscale plan`) leaves free; `none`: nothing between uses (least memory); `all`: everything (fastest);
+    or an amount of memory such as `500MiB` or `2GiB`, filled block by block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     communication_timeout_minutes: float = Field(default=30.0, gt=0)
+
+    @field_validator("resident")
+    @classmethod
+    def _is_word_or_size(cls, value: str) -> str:
+        if value not in RESIDENT_WORDS:
+            try:
+                parse_size(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"'{value}' is not allowed: must be one of {', '.join(RESIDENT_WORDS)}, or an amount of memory "
+                    "such as 500MiB or 2GiB"
+                ) from error
+        return value

@@ -11,9 +11,7 @@ from typing import Any
 from hyperscale.assets.presets import find_preset
 from hyperscale.config.run import Recipe
 from hyperscale.errors import EngineError
-
-_EVERYTHING = 10**15
-"""A persistence threshold that no backbone reaches: every parameter stays gathered after its first use."""
+from hyperscale.planning.memory import Sharding
 
 _OURS = {
     "optimizer": "training.optimizer",
@@ -73,7 +71,7 @@ def complete_ds_config(raw: Mapping[str, Any], recipe: Recipe, world_size: int, 
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
-    _fill_residency(zero, recipe.engine.resident, block_numel)
+    _fill_live_limits(zero, block_numel)
     done["zero_optimization"] = zero
     if problems:
         raise EngineError("engine.ds_config contradicts the recipe: " + "; ".join(problems))
@@ -109,13 +107,26 @@ def _fill(section: dict[str, Any], key: str, value: Any, path: str) -> list[str]
     return [] if present in ("auto", value) else [f"'{path}' is {present!r} there but {value!r} by the recipe"]
 
 
-def _fill_residency(zero: dict[str, Any], resident: str, block_numel: int) -> None:
-    if resident == "all":
-        zero["stage3_param_persistence_threshold"] = _EVERYTHING
-        zero["stage3_model_persistence_threshold"] = _EVERYTHING
-        return
-    for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+def _fill_live_limits(zero: dict[str, Any], block_numel: int) -> None:
+    limits = {
+        "stage3_prefetch_bucket_size": block_numel,
+        "stage3_max_live_parameters": 2 * block_numel,
+        "stage3_max_reuse_distance": 0,
+    }
+    for key, limit in limits.items():
         if zero.get(key, "auto") == "auto":
-            zero[key] = {"stage3_prefetch_bucket_size": block_numel, "stage3_max_live_parameters": 2 * block_numel}.get(
-                key, 0
-            )
+            zero[key] = limit
+
+
+def read_sharding(recipe: Recipe, world_size: int) -> Sharding:
+    """Return what the run's DeepSpeed JSON says of where shards lie; the unsharded engine is one rank's whole."""
+    if recipe.engine.kind == "local":
+        return Sharding(world_size=1)
+    zero = read_ds_config(recipe.engine.ds_config).get("zero_optimization", {})
+    offload = zero.get("offload_param") or {}
+    node_shards = zero.get("zero_hpz_partition_size", 1)
+    return Sharding(
+        world_size=world_size,
+        offload=offload.get("device", "none") != "none",
+        node_shards=1 if node_shards == "auto" else int(node_shards),
+    )

@@ -22,12 +22,20 @@ from hyperscale.data.collate import Batch
 from hyperscale.engine.base import StepResult
 from hyperscale.engine.collective import Collective
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
+from hyperscale.engine.frozen_linear import forget_linear_inputs
+from hyperscale.engine.host_memory import map_large_tensors, return_freed_memory
 from hyperscale.engine.sharded_load import load_sharded
 from hyperscale.engine.state import load_tensors, state_tensors
 from hyperscale.engine.step import TrainingStep, evaluation_mode
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.architectures import Architecture
 from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
+from hyperscale.planning.parts import Part
+
+_HELD = -1
+"""Stands among the modules that use a resident parameter: DeepSpeed releases none that is in use. Its own flag
+`ds_persist` holds only while the order of modules is known: each evaluation and the step after it would gather all
+again."""
 
 
 def shard_backbone(
@@ -43,6 +51,8 @@ def shard_backbone(
         BackboneError: a tensor is missing or has another shape.
     """
     _quiet_deepspeed()
+    if device.type == "cpu":
+        map_large_tensors()
     backbone = build_empty(folder, recipe.backbone)
     if recipe.engine.activation_checkpointing:
         set_activation_checkpointing(backbone)
@@ -52,6 +62,7 @@ def shard_backbone(
     load_sharded(backbone, folder, config, device)
     set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
     engine, *_ = deepspeed.initialize(model=backbone, config=config)
+    forget_linear_inputs(backbone)
     return backbone, engine
 
 
@@ -77,12 +88,18 @@ def _quiet_deepspeed() -> None:
 
 @dataclass(frozen=True)
 class ZeroEngine:
-    """Runs `TrainingStep` over a partitioned backbone and lets go of what DeepSpeed leaves gathered."""
+    """Runs `TrainingStep` over a partitioned backbone; keeps the resident parts gathered and lets go of the others."""
 
     step: TrainingStep
     deepspeed_engine: Any
-    resident: bool
-    """Whether blocks stay gathered between steps."""
+    parts: tuple[Part, ...]
+    resident: frozenset[str]
+    """Names of the parts that stay gathered; the same on every rank."""
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part.name in self.resident:
+                _hold(list(self.model.backbone.get_submodule(part.name).parameters()))
 
     @property
     def model(self) -> AdaptedModel:
@@ -126,10 +143,24 @@ class ZeroEngine:
         return held
 
     def _release(self) -> None:
-        """Partition what is still gathered.
+        """Partition what is still gathered and not resident.
 
         The first block's input needs no gradient, so its post-backward hook never fires and DeepSpeed would keep it
         gathered; with checkpointing the embedding likewise.
         """
-        if not self.resident:
-            self.deepspeed_engine.optimizer.partition_all_parameters()
+        coordinator = self.deepspeed_engine.optimizer.get_param_coordinator()
+        for part in self.parts:
+            if part.name not in self.resident:
+                coordinator.release_and_reset_all(self.model.backbone.get_submodule(part.name))
+        if self.device.type == "cpu":
+            return_freed_memory()
+
+
+def _hold(parameters: list[Any]) -> None:
+    """Gather parameters for good; every rank must call this."""
+    away = [one for one in parameters if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    if away:
+        away[0].all_gather_coalesced(away).wait()
+    for one in parameters:
+        one.ds_active_sub_modules.add(_HELD)
+        one.ds_persist = True

@@ -37,6 +37,7 @@ from hyperscale.model.generators.generator import keep_known_tasks
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.sites import find_sites
+from hyperscale.planning.parts import find_parts
 from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.progress import ProgressSender
 from hyperscale.tracking.provenance import package_versions
@@ -141,6 +142,7 @@ def build_engine(
     deepspeed_engine: Any = None
     backbone: nn.Module
     if recipe.engine.kind == "zero":
+        from hyperscale.engine.residency import agree_on_resident
         from hyperscale.engine.zero import ZeroEngine, shard_backbone
 
         backbone, deepspeed_engine = shard_backbone(folder, recipe, device, collective.world_size)
@@ -159,7 +161,8 @@ def build_engine(
     step = TrainingStep(model, optimizer, collective, device, recipe.training, num_tasks, recipe.seed)
     if deepspeed_engine is None:
         return LocalEngine(step)
-    return ZeroEngine(step, deepspeed_engine, resident=recipe.engine.resident == "all")
+    parts = find_parts(backbone, folder.architecture)
+    return ZeroEngine(step, deepspeed_engine, parts, agree_on_resident(recipe, folder, parts, collective, device))
 
 
 def _newest_checkpoint(session: Session) -> Checkpoint | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,27 @@ def open_backbone(settings: BackboneSettings) -> BackboneFolder:
     return BackboneFolder(settings.name, path, config, architecture, files, _tensor_names(files))
 
 
+def open_shapes(settings: BackboneSettings) -> BackboneFolder:
+    """Find a backbone for its shapes alone: a config.json is enough, and no weights are fetched from the hub.
+
+    Raises:
+        BackboneError: no such backbone, or an unsupported family.
+    """
+    path = _locate(settings, patterns=["config.json"])
+    if not (path / "config.json").is_file():
+        raise BackboneError(f"backbone.name: '{settings.name}' has no config.json in {path}")
+    architecture, config = _read_config(path / "config.json")
+    names = _tensor_names(_weight_files(path)) if list(path.glob("*.safetensors")) else _untied_names(path, config)
+    return BackboneFolder(settings.name, path, config, architecture, (), names)
+
+
+def _untied_names(path: Path, config: Any) -> frozenset[str]:
+    """Stand in for the weights of a T5 whose config.json denies a tied head, which transformers 5 no longer hears."""
+    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    is_untied = config.model_type == "t5" and described.get("tie_word_embeddings") is False
+    return frozenset({"shared.weight", "lm_head.weight"} if is_untied else ())
+
+
 def _read_config(path: Path) -> tuple[Architecture, Any]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +130,10 @@ def _read_config(path: Path) -> tuple[Architecture, Any]:
         raise BackboneError(f"backbone.name: {path} is no model's configuration: {reason}") from error
 
 
-def _locate(settings: BackboneSettings) -> Path:
+_WHOLE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def _locate(settings: BackboneSettings, patterns: Sequence[str] = _WHOLE) -> Path:
     if settings.name in PACKAGED:
         return resolve_packaged(settings.name)
     local = Path(settings.name)
@@ -122,13 +146,7 @@ def _locate(settings: BackboneSettings) -> Path:
             "nor a hub id (owner/name)." + nearest(settings.name, PACKAGED)
         )
     try:
-        return Path(
-            snapshot_download(
-                settings.name,
-                revision=settings.revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-            )
-        )
+        return Path(snapshot_download(settings.name, revision=settings.revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(

@@ -1,0 +1,46 @@
+"""Which parts of a backbone stay gathered on the ranks of this run: the same on all, from the poorest one's memory."""
+
+import socket
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from hyperscale.config.run import Recipe
+from hyperscale.engine.collective import Collective
+from hyperscale.engine.ds_config import read_sharding
+from hyperscale.engine.host_memory import free_memory
+from hyperscale.logger import get_logger
+from hyperscale.model.backbone import DTYPES, BackboneFolder
+from hyperscale.planning.memory import RESERVE, describe_run, plan_memory, resident_parts
+from hyperscale.planning.parts import Part
+
+_logger = get_logger(__name__)
+
+
+def agree_on_resident(
+    recipe: Recipe, folder: BackboneFolder, parts: Sequence[Part], collective: Collective, device: torch.device
+) -> frozenset[str]:
+    """Return the names of the parts to keep gathered; every rank must call this once its shards are loaded.
+
+    `auto` fills what is free now, less what the plan says a step adds to what is held now, less a tenth of all.
+    """
+    itemsize = DTYPES[recipe.backbone.dtype].itemsize
+    if recipe.engine.resident != "auto":
+        return resident_parts(recipe, parts, itemsize, spare=0.0)
+    workload = describe_run(recipe, folder)
+    plan = plan_memory(workload, read_sharding(recipe, collective.world_size), frozenset(), _kind(device))
+    held = plan.items["backbone shard"] + plan.items["second shard (hpZ)"]
+    names = collective.gather(socket.gethostname())
+    on_one_gpu = max(1, int(1 / (recipe.cluster.gpus_per_worker or 1)))
+    sharers = on_one_gpu if device.type == "cuda" else names.count(names[collective.rank])
+    free, total = free_memory(device)
+    spare = min(collective.gather((free - RESERVE * total) / sharers - (plan.total - held)))
+    chosen = resident_parts(recipe, parts, itemsize, spare)
+    if collective.rank == 0:
+        _logger.info("engine.resident: %d of %d parts of the backbone stay gathered", len(chosen), len(parts))
+    return chosen
+
+
+def _kind(device: torch.device) -> Literal["cpu", "cuda"]:
+    return "cuda" if device.type == "cuda" else "cpu"

@@ -1,0 +1,78 @@
+"""The parts of a backbone that ZeRO-3 gathers at one time, and which of them may stay gathered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hyperscale.model.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class Part:
+    """A transformer block, or what one module outside the blocks owns (an embedding, a norm, the head)."""
+
+    name: str
+    """Dotted path of the module in the backbone."""
+    numels: tuple[int, ...]
+    """Elements of each of its parameters, whole."""
+    gathers: int
+    """How often a forward and backward pass gathers it when it is not resident: blocks, norms and the head in both, an
+    input embedding in the forward pass alone, a tied embedding at most three times."""
+    is_block: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(self.numels)
+
+    def shard_numel(self, world_size: int) -> int:
+        """Return the elements of one rank's share: each parameter is padded to a multiple of the ranks."""
+        return sum(-(-numel // world_size) for numel in self.numels)
+
+
+def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
+    """List the parts of a backbone, each parameter once, in model order; parameters may be on meta or partitioned."""
+    blocks = [
+        f"{stack.blocks}.{index}"
+        for stack in architecture.stacks
+        for index, _ in enumerate(backbone.get_submodule(stack.blocks).children())
+    ]
+    head: Any = backbone.get_output_embeddings()  # type: ignore[operator]
+    inside = tuple(f"{block}." for block in blocks)
+    found: list[Part] = []
+    seen: set[int] = set()
+    for name, module in backbone.named_modules():
+        if name.startswith(inside):
+            continue
+        own = [one for one in module.parameters(recurse=name in blocks) if id(one) not in seen]
+        seen.update(map(id, own))
+        if own:
+            tied = isinstance(module, nn.Embedding) and head.weight is module.weight
+            gathers = 3 if tied else 1 if isinstance(module, nn.Embedding) else 2
+            found.append(Part(name, tuple(_numel(one) for one in own), gathers, name in blocks))
+    return tuple(found)
+
+
+def choose_resident(parts: Sequence[Part], budget: float, itemsize: int) -> frozenset[str]:
+    """Return the names of the parts to keep gathered within `budget` bytes.
+
+    Most gathers saved a byte first: the norms (tiny, and a gather each), a tied embedding, the blocks in order, the
+    head, an input embedding. What no longer fits is left out and smaller ones after it are still taken, so that the
+    same budget gives the same parts on every rank.
+    """
+    order = sorted(parts, key=lambda part: (not _is_small(part), -part.gathers, not part.is_block))
+    chosen: list[str] = []
+    for part in order:
+        if part.numel * itemsize <= budget:
+            budget -= part.numel * itemsize
+            chosen.append(part.name)
+    return frozenset(chosen)
+
+
+def _is_small(part: Part) -> bool:
+    return len(part.numels) == 1 and not part.is_block and part.numel < 2**16
+
+
+def _numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,163 @@
+"""The whole plan of a run on a machine that need not be there, and what to change where it does not fit."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hyperscale.config.run import Recipe
+from hyperscale.config.sizes import format_size
+from hyperscale.model.backbone import BackboneFolder
+from hyperscale.planning.memory import (
+    RESERVE,
+    MemoryPlan,
+    Sharding,
+    Workload,
+    plan_memory,
+    resident_parts,
+    scale_rows,
+    step_shape,
+    workload_of,
+)
+from hyperscale.planning.trace import build_meta_model
+from hyperscale.planning.traffic import Pace, Traffic, plan_pace, plan_traffic, step_operations
+
+HOST_BYTES = {
+    "Python, PyTorch and libraries, a rank": 600 * 2**20,
+    "Ray on the node": 1500 * 2**20,
+    "batches and texts, a rank": 100 * 2**20,
+}
+"""A worker after its imports: 594 MiB measured on CPUs. Ray: its head and an idle worker pool with a small object
+store. Encoded rows take 8 bytes a token: 100 MiB are half a million rows of 25."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is planned to go."""
+
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    nodes: int
+    memory: int | None
+    """Bytes of one rank's device, or None where unknown: then nothing is said to fit or not."""
+    bandwidth: float | None
+    """Bytes a second that one rank receives from the others."""
+    rate: float | None
+    """Operations a second that one rank sustains."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything `hyperscale plan` prints."""
+
+    machine: Machine
+    backbone_parameters: int
+    trained_parameters: int
+    memory: MemoryPlan
+    other: MemoryPlan
+    """The same with activation checkpointing turned the other way."""
+    checkpointed: bool
+    resident_numel: int
+    host: Mapping[str, int]
+    """Bytes of one node."""
+    traffic: Traffic
+    pace: Pace | None
+    steps: int
+    largest_micro_batch: int | None
+    advice: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        limit = self.machine.memory
+        return None if limit is None else self.memory.total <= limit * (1 - RESERVE)
+
+
+def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine: Machine) -> RunPlan:
+    """Plan a recipe on `machine`; traces the model at two sizes of micro-batch, with and without checkpointing."""
+    shape = step_shape(recipe)
+    rows = (shape.rows, 2 * shape.rows)
+    both: dict[bool, tuple[Workload, Workload]] = {}
+    for checkpointed in (False, True):
+        engine = recipe.engine.model_copy(update={"activation_checkpointing": checkpointed})
+        model = build_meta_model(recipe.model_copy(update={"engine": engine}), folder)
+        low, high = (workload_of(recipe, model, replace(shape, rows=count)) for count in rows)
+        both[checkpointed] = (low, high)
+    limit = None if machine.memory is None else machine.memory * (1 - RESERVE)
+    chosen = recipe.engine.activation_checkpointing
+
+    workload = both[chosen][0]
+    bare = plan_memory(workload, sharding, frozenset(), machine.device)
+    spare = 0.0 if limit is None else limit - bare.total
+    resident = resident_parts(recipe, workload.parts, workload.itemsize, spare)
+    memory, other = (plan_memory(both[way][0], sharding, resident, machine.device) for way in (chosen, not chosen))
+    micro_batches = max(1, recipe.training.batch_size // (machine.ranks * shape.rows))
+    traffic = plan_traffic(workload, sharding, memory.resident, micro_batches)
+    pace = None
+    if machine.rate and machine.bandwidth:
+        operations = micro_batches * step_operations(workload, shape, chosen)
+        tokens = machine.ranks * micro_batches * shape.rows * (shape.source_tokens + shape.target_tokens)
+        pace = plan_pace(operations, traffic, tokens, machine.rate, machine.bandwidth)
+
+    def bare_total(pair: tuple[Workload, Workload], count: int) -> int:
+        scaled = scale_rows(*pair, rows, count)
+        return plan_memory(scaled, sharding, frozenset(), machine.device).total
+
+    largest = None if limit is None else _largest(lambda count: bare_total(both[chosen], count) <= limit)
+    advice: list[str] = []
+    if limit is not None and memory.total > limit:
+        advice = _advice(memory, other, largest, limit, sharding, chosen)
+    return RunPlan(
+        machine=machine,
+        backbone_parameters=sum(part.numel for part in workload.parts),
+        trained_parameters=workload.trained,
+        memory=memory,
+        other=other,
+        checkpointed=chosen,
+        resident_numel=sum(part.numel for part in workload.parts if part.name in memory.resident),
+        host=_host(machine, memory),
+        traffic=traffic,
+        pace=pace,
+        steps=recipe.training.steps,
+        largest_micro_batch=largest,
+        advice=tuple(advice),
+    )
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """Return the largest number of rows that fits, 0 if none does; doubling, then halving the gap."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while fits(high) and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _host(machine: Machine, memory: MemoryPlan) -> dict[str, int]:
+    """Return the memory of one node outside its devices; of a run on CPUs that is all of it."""
+    ranks = -(-machine.ranks // machine.nodes)
+    host = {name: amount * (1 if name.startswith("Ray") else ranks) for name, amount in HOST_BYTES.items()}
+    host |= {f"{name}, offloaded": amount * ranks for name, amount in memory.host.items() if amount}
+    if machine.device == "cpu":
+        host["the ranks' own, as above"] = memory.total * ranks
+    return host
+
+
+def _advice(
+    memory: MemoryPlan, other: MemoryPlan, largest: int | None, limit: float, sharding: Sharding, checkpointed: bool
+) -> list[str]:
+    """Say what would make it fit, the cheapest first."""
+    found = []
+    if memory.items["resident parts"] and memory.total - memory.items["resident parts"] <= limit:
+        found.append("engine.resident=auto keeps no more gathered than fits")
+    if not checkpointed and other.total < memory.total:
+        fits = "fits then" if other.total <= limit else "is still too much"
+        found.append(f"engine.activation_checkpointing=true: {format_size(other.total)}, which {fits}")
+    if largest:
+        found.append(f"training.micro_batch_size={largest} is the largest that fits as it is")
+    shard = memory.items["backbone shard"] + memory.items["second shard (hpZ)"]
+    if shard > limit / 2 and not sharding.offload:
+        found.append("more workers, or engine.ds_config=zero3_offload: the shards alone take more than half")
+    return found or ["more workers, a smaller backbone, or shorter data.max_source_tokens"]

@@ -1,0 +1,220 @@
+"""What a training step keeps in memory, found by running the model's own code on the meta device: shapes, no numbers.
+
+Everything that acts on a step is seen as it is: eager or fused attention, the fp32 copies of norms and softmax, the
+adapters at their sites, checkpointed blocks, the loss. Parameters are not counted here.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hyperscale.config.run import Recipe
+from hyperscale.model.adapted import AdaptedModel, token_losses
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
+from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.injection import Injection
+from hyperscale.model.sites import find_sites
+from hyperscale.model.weights import as_leaves, backward, tensors_of
+
+SMALL_BYTES = 1024 * 1024
+"""Tensors below this share glibc's heap on CPUs (engine/host_memory.py); larger ones are mapped one by one."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one rank runs at once, at its longest."""
+
+    rows: int
+    source_tokens: int
+    """Tokens of a prompt: the encoder's length, or the first part of a decoder-only row."""
+    target_tokens: int
+    """Tokens of an answer, all of them labels."""
+    tasks: int
+    """Different tasks among the rows of a step."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes of a forward and backward pass on one rank, besides parameters and what is gathered of them."""
+
+    generated: int
+    """Generated weights of the step's tasks: fp32, their fp32 gradients, and the copy in the backbone's dtype."""
+    kept: int
+    """Activations that wait for the backward pass when the last block is done."""
+    loss: int
+    """On top of `kept` while logits and loss are there; the head is gathered."""
+    blocks: int
+    """On top of `kept` at the worst moment inside the blocks; blocks are gathered."""
+    small: int
+    """The most that tensors of less than 1 MiB hold at one time, generated weights apart."""
+
+
+def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
+    """Build what the worker builds, on the meta device: no weight is read and none allocated."""
+    backbone = build_empty(folder, recipe.backbone)
+    if recipe.engine.activation_checkpointing:
+        set_activation_checkpointing(backbone)
+    backbone.to("meta")  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
+    kinds = build_kinds(recipe.adaptation.adapters)
+    site_map = find_sites(backbone, folder.architecture, kinds)
+    with _FloatsOnMeta():
+        generator = build_generator(recipe.adaptation, site_map, kinds, len(recipe.data.tasks), recipe.seed)
+    injection = Injection(backbone, site_map, kinds)
+    return AdaptedModel(backbone, generator.to("meta"), injection, site_map, folder.architecture)
+
+
+def trace_step(model: AdaptedModel, shape: StepShape) -> Trace:
+    """Run one micro-batch forward and backward and note what is alive when."""
+    ledger = _Ledger([*model.backbone.parameters(), *model.backbone.buffers(), *model.generator.parameters()])
+    with _fused_attention_on_meta(), ledger:
+        made = model.generate(torch.arange(shape.tasks, device="meta"))
+        leaves = as_leaves(made)
+        generated = sum(tensor.nbytes for tensor in tensors_of(made))
+        before = ledger.live
+        inputs, num_labels = _inputs(model, shape)
+        with model.adapted(leaves, torch.zeros(shape.rows, dtype=torch.int64, device="meta")), _watched(model, ledger):
+            logits = model.label_logits(**inputs)
+            targets = torch.zeros(num_labels, dtype=torch.int64, device="meta")
+            token_losses(logits, targets).sum().backward()
+        del logits
+        backward(made, leaves)
+    itemsize = model.dtype.itemsize
+    copies = generated * (8 + itemsize) // 4
+    return Trace(
+        generated=copies,
+        kept=ledger.kept - before,
+        loss=ledger.peaks["loss"] - ledger.kept,
+        blocks=max(0, ledger.peaks["blocks"] - ledger.kept - (copies - generated)),
+        small=ledger.most_small,
+    )
+
+
+def _inputs(model: AdaptedModel, shape: StepShape) -> tuple[dict[str, Tensor], int]:
+    rows, source, target = shape.rows, shape.source_tokens, shape.target_tokens
+    length = source if model.architecture.is_encoder_decoder else source + target
+    columns = target if model.architecture.is_encoder_decoder else length
+    queries = 1 if model.architecture.is_encoder_decoder else length
+    num_labels = rows * target
+    return {
+        "input_ids": torch.zeros(rows, length, dtype=torch.int64, device="meta"),
+        # Already of four dimensions: transformers would look at the values of a flat one.
+        "attention_mask": torch.zeros(rows, 1, queries, length, dtype=model.dtype, device="meta"),
+        "labels": torch.zeros(rows, columns, dtype=torch.int64, device="meta"),
+        "positions": torch.zeros(num_labels, dtype=torch.int64, device="meta"),
+    }, num_labels
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and their peak in each region of a step."""
+
+    def __init__(self, uncounted: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.kept = 0
+        self.region = "generate"
+        self.peaks: dict[str, int] = {}
+        self.most_small = 0
+        self._small = 0
+        self._known: Any = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in uncounted})
+
+    def enter(self, region: str) -> None:
+        self.region = region
+        self.peaks[region] = max(self.peaks.get(region, 0), self.live)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        self.live += size
+        self._small += size if size < SMALL_BYTES else 0
+        self.most_small = max(self.most_small, self._small)
+        self.enter(self.region)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live -= size
+        self._small -= size if size < SMALL_BYTES else 0
+
+
+@contextmanager
+def _watched(model: AdaptedModel, ledger: _Ledger) -> Iterator[None]:
+    """Name the regions: the blocks, then head and loss, then, once the head's input has its gradient, the blocks."""
+
+    def at_head(_head: nn.Module, args: tuple[Tensor, ...]) -> None:
+        ledger.kept = ledger.live
+        ledger.enter("loss")
+        args[0].register_hook(lambda _gradient: ledger.enter("blocks"))
+
+    ledger.enter("blocks")
+    handle = model.backbone.get_output_embeddings().register_forward_pre_hook(at_head)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()
+        ledger.enter("generator")
+
+
+class _FloatsOnMeta(TorchFunctionMode):
+    """Parameters made inside are on the meta device; indices, which constructors look into, are real."""
+
+    _factories = (torch.empty, torch.zeros, torch.ones, torch.randn)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in self._factories:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What the fused kernels of CUDA keep: queries, keys, values, the output, and one fp32 number a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextmanager
+def _fused_attention_on_meta() -> Iterator[None]:
+    """On the meta device PyTorch would take the plain products apart, which CUDA does not."""
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return output
+
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before

@@ -1,0 +1,162 @@
+"""Parts of the backbone stay gathered as the recipe asks, on two real ranks, and the step stays the same."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+from torch.nn import functional as F
+
+from hyperscale.config.run import Recipe
+from hyperscale.engine.collective import SingleProcess
+from hyperscale.engine.frozen_linear import forget_linear_inputs
+from hyperscale.engine.host_memory import free_memory
+from hyperscale.engine.residency import agree_on_resident
+from hyperscale.engine.zero import ZeroEngine
+from hyperscale.model.backbone import open_backbone
+from hyperscale.planning.parts import Part, choose_resident
+from tests.ranks import Ranks, started_ranks
+from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    with started_ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def recipe(backbone: Path, tasks: list[str], output: Path, resident: str, **engine: Any) -> Recipe:
+    settings = {"kind": "zero", "resident": resident, **engine}
+    return make_recipe(backbone, tasks, output, engine=settings, cluster={"workers": 2})
+
+
+def steps(asked: Recipe) -> dict[str, Any]:
+    """Train three steps, evaluate, train one more; what was held, gathered and lost on this rank."""
+    engine, corpus = engine_of(asked), corpus_of(asked)
+    assert isinstance(engine, ZeroEngine)
+    loader = loader_of(asked, corpus, engine.collective.rank, 2)
+    held, losses = [engine.held_elements()], []
+    for step in range(4):
+        if step == 3:  # evaluation makes DeepSpeed forget the order of modules, and let go what it may
+            with engine.evaluating():
+                pass
+            held.append(engine.held_elements())
+        losses.append(engine.train_step(loader.next_step(), step).loss)
+        held.append(engine.held_elements())
+    gathered = [
+        name
+        for name, one in engine.model.backbone.named_parameters()
+        if one.ds_status is not ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
+    ]
+    parts = {part.name: (part.numel, part.shard_numel(2)) for part in engine.parts}
+    return {"held": held, "losses": losses, "resident": engine.resident, "gathered": gathered, "parts": parts}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_held_is_what_was_asked(
+    two_ranks: Ranks, request: pytest.FixtureRequest, tasks: list[str], tmp_path: Path, family: str, checkpointing: bool
+) -> None:
+    backbone = request.getfixturevalue(f"tiny_{family}_folder")
+
+    def run(resident: str) -> dict[str, Any]:
+        asked = recipe(backbone, tasks, tmp_path, resident, activation_checkpointing=checkpointing)
+        first, second = two_ranks.run(steps, asked)
+        assert first["resident"] == second["resident"]
+        assert first["losses"] == second["losses"]
+        assert set(first["held"]) == set(second["held"])
+        shard = sum(share for _, share in first["parts"].values())
+        kept = sum(first["parts"][name][0] for name in first["resident"])
+        assert set(first["held"]) == {shard + kept}  # from loading on, after every step and evaluation
+        return first
+
+    none, everything, some = run("none"), run("all"), run("60KB")
+    assert (none["resident"], none["gathered"]) == (frozenset(), [])
+    assert everything["resident"] == frozenset(everything["parts"])
+    assert 0 < len(some["resident"]) < len(some["parts"])
+    assert 4 * sum(some["parts"][name][0] for name in some["resident"]) <= 60_000
+    assert some["losses"] == none["losses"] == everything["losses"]  # bitwise: the same products either way
+
+
+def agreed(asked: Recipe, free: list[float]) -> tuple[frozenset[str], int]:
+    """Decide as a rank whose machine has other memory than its neighbour's."""
+    import hyperscale.engine.residency as residency
+
+    engine = engine_of(asked.model_copy(update={"engine": asked.engine.model_copy(update={"resident": "none"})}))
+    assert isinstance(engine, ZeroEngine)
+    collective = engine.collective
+    before = residency.free_memory
+    residency.free_memory = lambda _device: (int(free[collective.rank]), 0)
+    try:
+        folder = open_backbone(asked.backbone)
+        chosen = agree_on_resident(asked, folder, engine.parts, collective, CPU)
+    finally:
+        residency.free_memory = before
+    return chosen, len(engine.parts)
+
+
+def test_the_poorest_rank_decides(two_ranks: Ranks, tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
+    asked = recipe(tiny_llama_folder, tasks, tmp_path, "auto")
+    (rich, parts), (poor, _) = two_ranks.run(agreed, asked, [1e12, 1e12])
+    assert len(rich) == len(poor) == parts
+    (rich, _), (poor, _) = two_ranks.run(agreed, asked, [1e12, 1e6])
+    assert rich == poor == frozenset()
+
+
+def test_auto_on_this_machine(two_ranks: Ranks, tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
+    first, second = two_ranks.run(steps, recipe(tiny_llama_folder, tasks, tmp_path, "auto"))
+    assert first["resident"] == second["resident"] == frozenset(first["parts"])  # a tiny model fits everywhere
+
+
+def test_free_memory_of_this_host() -> None:
+    free, total = free_memory(CPU)
+    assert 0 < free <= total
+
+
+def test_a_budget_is_filled_in_order() -> None:
+    norm, block, head, embedding = Part("norm", (8,), 2, False), 1000, 70_000, 70_000
+    blocks = [Part(f"layers.{index}", (block // 2, block // 2), 2, True) for index in range(3)]
+    parts = [Part("embed", (embedding,), 1, False), *blocks, norm, Part("head", (head,), 2, False)]
+    assert choose_resident(parts, 0, 2) == frozenset()
+    assert choose_resident(parts, 16, 2) == {"norm"}
+    assert choose_resident(parts, 2 * 2000 + 16, 2) == {"norm", "layers.0", "layers.1"}
+    assert choose_resident(parts, 3 * 2000 + 16 + 140_000, 2) == {one.name for one in parts} - {"embed"}
+    assert choose_resident(parts, 1e9, 2) == {one.name for one in parts}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_linear_keeps_nothing_of_its_weight(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 5, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    wanted = F.linear(x, linear.weight, linear.bias)
+    (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
+
+    forget_linear_inputs(linear)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = linear(x)
+    assert kept == []
+    assert torch.equal(y, wanted)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], gradient)
+    assert not linear(x.detach()).requires_grad
+
+
+def test_one_rank_decides_alone(tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
+    asked = make_recipe(tiny_llama_folder, tasks, tmp_path, engine={"kind": "zero", "resident": "10KB"})
+    parts = (Part("small", (100,), 2, False), Part("large", (10_000,), 2, True))
+    folder = open_backbone(asked.backbone)
+    assert agree_on_resident(asked, folder, parts, SingleProcess(), CPU) == {"small"}
