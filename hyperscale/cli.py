@@ -168,6 +168,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
     export.add_argument("--output", type=Path, help="folder for the bundles (default: bundles/ in the run folder)")
     export.add_argument("--task", action="append", default=[], help="only this task; may be repeated")
+    export.add_argument(
+        "--describe",
+        action="append",
+        default=[],
+        metavar="TASK",
+        help="also a task that was not trained: its weights come from its description (task_encoder.kind=text)",
+    )
     export.add_argument("--format", choices=("auto", "peft", "native"), help="default: as the recipe says")
 
     tasks = verb("tasks", _tasks, "list the tasks that a recipe can name, or show one")
@@ -359,8 +366,13 @@ def _export(options: argparse.Namespace) -> int:
 
     path = find_checkpoint(options.checkpoint)
     trained = restore_generator(load_checkpoint(path, only=("generator",)))
-    output = options.output or _bundles_of(path)
-    for name, folder in export_bundles(trained, output, options.task, options.format).items():
+    output, only = options.output or _bundles_of(path), options.task
+    if options.describe:
+        from hyperscale.inference.describe import with_described_tasks
+
+        trained = with_described_tasks(trained, options.describe)
+        only = [*only, *(task.name for task in trained.tasks[-len(options.describe) :])]
+    for name, folder in export_bundles(trained, output, only, options.format).items():
         print(f"{name}\t{folder}")
     return 0
 

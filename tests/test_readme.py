@@ -80,7 +80,7 @@ def test_the_story(
         "my-llama",
         "independent",
         "shared",
-        *("demo-tickets", "both", "torchrun", "local"),
+        *("told", "demo-tickets", "both", "torchrun", "local"),
     }
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert answers[0]["prediction"] in ("positive", "negative")

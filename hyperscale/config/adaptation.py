@@ -133,3 +133,8 @@ class AdaptationSettings(Section):
     init: Literal["zero", "paper"] = "zero"
     """`zero`: at step 0 the adapted model is the backbone, but for a prefix; `paper`: the start that each method's
     authors published (docs/methods.md)."""
+
+    @property
+    def reads_descriptions(self) -> bool:
+        """Whether task codes are made from the tasks' written descriptions."""
+        return self.task_encoder.kind == "text" and self.generator.kind in ("hypernetwork", "per_layer")

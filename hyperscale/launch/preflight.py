@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from transformers import AutoTokenizer
 
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import load_corpus
+from hyperscale.data.descriptions import encode_descriptions
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
 from hyperscale.export.peft_format import refuse_unless_sayable
 from hyperscale.model.adapters.registry import build_kinds
@@ -43,13 +45,18 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
     if recipe.engine.kind == "zero":
         complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
     say("reading the tasks")
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
     corpus = load_corpus(
         recipe.data,
-        AutoTokenizer.from_pretrained(folder.path),
+        tokenizer,
         folder.architecture.is_encoder_decoder,
         with_test=recipe.training.evaluate_test,
     )
-    generator = build_generator(recipe.adaptation, site_map, kinds, len(corpus.tasks), recipe.seed)
+    features = None
+    if recipe.adaptation.reads_descriptions:
+        encode_descriptions([loaded.task for loaded in corpus.tasks], tokenizer, corpus.layout.pad_token_id)
+        features = torch.zeros(len(corpus.tasks), folder.config.hidden_size)  # their size is all that counts here
+    generator = build_generator(recipe.adaptation, site_map, kinds, len(corpus.tasks), recipe.seed, features)
     return Preflight(
         backbone_parameters=sum(parameter.numel() for parameter in empty.parameters()),
         trained_parameters=num_parameters(generator),

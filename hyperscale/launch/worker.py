@@ -19,6 +19,7 @@ from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import load_corpus, refuse_unlike_rows
+from hyperscale.data.descriptions import DescriptionBatch, encode_descriptions
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
 from hyperscale.engine.local import LocalEngine
@@ -33,6 +34,7 @@ from hyperscale.logger import get_logger, set_up_logging
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
+from hyperscale.model.description import text_features
 from hyperscale.model.generators.generator import keep_known_tasks
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
@@ -98,7 +100,11 @@ def _open_session(recipe: Recipe, context: WorkerContext, may_lack_test: bool = 
     sender.phase(f"loading {recipe.backbone.name} ({recipe.engine.kind} engine, {context.world_size} workers)")
     collective = TorchCollective(device) if context.world_size > 1 else SingleProcess()
     refuse_unlike_rows(collective.gather(corpus.describe()))
-    engine = build_engine(recipe, folder, collective, device, len(corpus.tasks))
+    descriptions = None
+    if recipe.adaptation.reads_descriptions:
+        tasks = [loaded.task for loaded in corpus.tasks]
+        descriptions = encode_descriptions(tasks, tokenizer, corpus.layout.pad_token_id)
+    engine = build_engine(recipe, folder, collective, device, len(corpus.tasks), descriptions)
     manifest = build_manifest(
         site_map=engine.model.site_map.to_json(),
         generator=recipe.adaptation.model_dump(mode="json"),
@@ -132,9 +138,16 @@ def _device(recipe: Recipe, context: WorkerContext) -> torch.device:
 
 
 def build_engine(
-    recipe: Recipe, folder: BackboneFolder, collective: Collective, device: torch.device, num_tasks: int
+    recipe: Recipe,
+    folder: BackboneFolder,
+    collective: Collective,
+    device: torch.device,
+    num_tasks: int,
+    descriptions: DescriptionBatch | None = None,
 ) -> Engine:
     """Load the backbone and join it to a new generator; every rank must call this.
+
+    `descriptions`: of all tasks, for a task encoder that reads them; the backbone itself turns them into features.
 
     Raises:
         BackboneError, EngineError, ConfigError: as the recipe and the backbone's folder deserve.
@@ -153,7 +166,13 @@ def build_engine(
         backbone = dense.to(device)  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
     kinds = build_kinds(recipe.adaptation.adapters)
     site_map = find_sites(backbone, folder.architecture, kinds)
-    generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed).to(device)
+    features = None
+    if descriptions is not None:
+        ids, mask = descriptions.input_ids.to(device), descriptions.attention_mask.to(device)
+        features = text_features(backbone, folder.architecture, ids, mask)
+        if deepspeed_engine is not None:
+            deepspeed_engine.optimizer.partition_all_parameters()
+    generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed, features).to(device)
     model = AdaptedModel(backbone, generator, Injection(backbone, site_map, kinds), site_map, folder.architecture)
     start = recipe.start
     fixed = keep_known_tasks(generator, start.known_tasks) if start and start.train == "new_tasks" else {}

@@ -52,8 +52,8 @@ def check_features(features: Tensor | None, num_tasks: int) -> Tensor:
     """Return the features as given; refuse none, or as many as there are not tasks."""
     if features is None:
         raise ConfigError(
-            "adaptation.task_encoder.kind 'text' needs features of the tasks' descriptions, which this command does "
-            "not make; use 'table'"
+            "adaptation.task_encoder.kind 'text' needs features of the tasks' descriptions, and there are none; "
+            "use 'table'"
         )
     if features.dim() != 2 or len(features) != num_tasks:
         raise ConfigError(
