@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import AutoTokenizer
 
 from hyperscale.config.run import Recipe
@@ -16,6 +15,7 @@ from hyperscale.model.backbone import build_empty, open_backbone
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.sites import find_sites
+from hyperscale.model.task_encoders.registry import blank_features
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
         folder.architecture.is_encoder_decoder,
         with_test=recipe.training.evaluate_test,
     )
-    features = None
     if recipe.adaptation.reads_descriptions:
         encode_descriptions([loaded.task for loaded in corpus.tasks], tokenizer, corpus.layout.pad_token_id)
-        features = torch.zeros(len(corpus.tasks), folder.config.hidden_size)  # their size is all that counts here
+    features = blank_features(recipe.adaptation, len(corpus.tasks), folder.config.hidden_size)
     generator = build_generator(recipe.adaptation, site_map, kinds, len(corpus.tasks), recipe.seed, features)
     return Preflight(
         backbone_parameters=sum(parameter.numel() for parameter in empty.parameters()),

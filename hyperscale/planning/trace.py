@@ -25,6 +25,7 @@ from hyperscale.model.backbone import BackboneFolder, build_empty, set_activatio
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.sites import find_sites
+from hyperscale.model.task_encoders.registry import blank_features
 from hyperscale.model.weights import as_leaves, backward, tensors_of
 
 SMALL_BYTES = 1024 * 1024
@@ -69,7 +70,9 @@ def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
     kinds = build_kinds(recipe.adaptation.adapters)
     site_map = find_sites(backbone, folder.architecture, kinds)
     with _FloatsOnMeta():
-        generator = build_generator(recipe.adaptation, site_map, kinds, len(recipe.data.tasks), recipe.seed)
+        num_tasks = len(recipe.data.tasks)
+        features = blank_features(recipe.adaptation, num_tasks, folder.config.hidden_size)
+        generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed, features)
     injection = Injection(backbone, site_map, kinds)
     return AdaptedModel(backbone, generator.to("meta"), injection, site_map, folder.architecture)
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hyperscale.config.adaptation import TaskEncoderSettings
+from hyperscale.config.adaptation import AdaptationSettings, TaskEncoderSettings
 from hyperscale.model.task_encoders.table import TaskTable
 from hyperscale.model.task_encoders.text import TaskText, check_features
 
@@ -35,3 +36,8 @@ def build_task_encoder(settings: TaskEncoderSettings, num_tasks: int, features: 
         ConfigError: `text` without features, or with as many as there are not tasks.
     """
     return TASK_ENCODERS[settings.kind](settings, num_tasks, features)
+
+
+def blank_features(settings: AdaptationSettings, num_tasks: int, width: int) -> Tensor | None:
+    """Return features [K, D] that say nothing, where only their size counts and a generator asks for any."""
+    return torch.zeros(num_tasks, width) if settings.reads_descriptions else None
