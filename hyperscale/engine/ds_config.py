@@ -43,13 +43,17 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
     return raw
 
 
-def complete_ds_config(raw: Mapping[str, Any], recipe: Recipe, world_size: int, block_numel: int) -> dict[str, Any]:
+def complete_ds_config(
+    raw: Mapping[str, Any], recipe: Recipe, world_size: int, block_numel: int, norm_numel: int = 0
+) -> dict[str, Any]:
     """Fill in what the recipe decides.
 
     Args:
         raw: DeepSpeed's JSON, where "auto" or a missing key means: from the recipe.
         block_numel: parameters of the largest transformer block; prefetch and live limits follow from it, since
             DeepSpeed's defaults of 10^9 elements each would keep a small backbone gathered.
+        norm_numel: parameters of the norms outside the blocks. They too count as live; without room for them DeepSpeed
+            would fetch all of the next block but its own last norm.
 
     Raises:
         EngineError: all contradictions at once, each with both values.
@@ -73,7 +77,7 @@ def complete_ds_config(raw: Mapping[str, Any], recipe: Recipe, world_size: int, 
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
-    _fill_residency(zero, recipe.engine.resident, block_numel)
+    _fill_residency(zero, recipe.engine.resident, block_numel, norm_numel)
     done["zero_optimization"] = zero
     if problems:
         raise EngineError("engine.ds_config contradicts the recipe: " + "; ".join(problems))
@@ -109,13 +113,16 @@ def _fill(section: dict[str, Any], key: str, value: Any, path: str) -> list[str]
     return [] if present in ("auto", value) else [f"'{path}' is {present!r} there but {value!r} by the recipe"]
 
 
-def _fill_residency(zero: dict[str, Any], resident: str, block_numel: int) -> None:
+def _fill_residency(zero: dict[str, Any], resident: str, block_numel: int, norm_numel: int) -> None:
     if resident == "all":
         zero["stage3_param_persistence_threshold"] = _EVERYTHING
         zero["stage3_model_persistence_threshold"] = _EVERYTHING
         return
-    for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
+    limits = {
+        "stage3_prefetch_bucket_size": block_numel,
+        "stage3_max_live_parameters": 2 * block_numel + norm_numel,
+        "stage3_max_reuse_distance": 0,
+    }
+    for key, limit in limits.items():
         if zero.get(key, "auto") == "auto":
-            zero[key] = {"stage3_prefetch_bucket_size": block_numel, "stage3_max_live_parameters": 2 * block_numel}.get(
-                key, 0
-            )
+            zero[key] = limit

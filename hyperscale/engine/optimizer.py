@@ -37,11 +37,12 @@ class GeneratorOptimizer:
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, step: int) -> tuple[float, float]:
+    def step(self, step: int) -> tuple[float, Tensor]:
         """Clip, update, and clear the gradients.
 
         Returns:
-            The learning rate used and the gradient norm before clipping.
+            The learning rate used, and the gradient norm before clipping where the gradients are: reading it waits for
+            a GPU.
         """
         rate = learning_rate_at(step, self._total_steps, self._settings)
         for group in self._adamw.param_groups:
@@ -50,7 +51,7 @@ class GeneratorOptimizer:
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), math.inf if limit is None else limit)
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        return rate, float(norm)
+        return rate, norm
 
     def tensors(self) -> dict[str, Tensor]:
         """Return CPU copies of the moments and update counts, by parameter name."""
