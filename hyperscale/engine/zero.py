@@ -23,7 +23,7 @@ from hyperscale.engine.base import StepResult
 from hyperscale.engine.collective import Collective, TorchCollective
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
 from hyperscale.engine.sharded_load import load_sharded
-from hyperscale.engine.shared_shards import share_shards
+from hyperscale.engine.shared_shards import ShardFile, share_shards
 from hyperscale.engine.state import load_tensors, state_tensors
 from hyperscale.engine.step import TrainingStep, evaluation_mode
 from hyperscale.model.adapted import AdaptedModel
@@ -51,11 +51,12 @@ def shard_backbone(
         read_ds_config(recipe.engine.ds_config), recipe, world_size, *_numels(backbone, folder.architecture)
     )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    load_sharded(backbone, folder, config, device)
+    file = ShardFile(backbone, world_size) if device.type == "cpu" else None
+    load_sharded(backbone, folder, config, device, file)
     set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
     engine, *_ = deepspeed.initialize(model=backbone, config=config)
-    if device.type == "cpu":
-        share_shards(backbone, TorchCollective(device))
+    if file is not None:
+        share_shards(backbone, file, TorchCollective(device))
     return backbone, engine
 
 
