@@ -1,20 +1,16 @@
-"""`make bench`: every benchmark, each in its own process group. Ratios within one run; absolute times mean little."""
+"""`make bench`: every benchmark, each in its own processes. Ratios within one run; absolute times mean little."""
 
 import subprocess
 import sys
 
-from benchmarks.step import RANKS
-
-COMMANDS = {
-    "step": ["torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m", "benchmarks.step"],
-    "memory": ["benchmarks.memory"],
-}
+BENCHMARKS = ("load", "step", "mixture", "profile", "memory")
 
 
 def main() -> int:
     """Run all benchmarks, or those named on the command line; returns the first exit code that is not 0."""
-    for name in sys.argv[1:] or COMMANDS:
-        status = subprocess.run([sys.executable, "-m", *COMMANDS[name]], check=False).returncode
+    for name in sys.argv[1:] or BENCHMARKS:
+        print(f"\n{name}", flush=True)
+        status = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=False).returncode
         if status:
             return status
     return 0

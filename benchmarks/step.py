@@ -1,120 +1,95 @@
-"""What sharding costs a training step: ZeRO-3 with nothing and with everything resident, against the unsharded engine.
+"""A training step against PEFT, transformers' Trainer and DeepSpeed: SmolLM2-135M, 2 gloo ranks of one thread.
 
-SmolLM2-135M, LoRA r = 8 on q and v from the hypernetwork, 2 gloo ranks of one thread, the same samples for all engines.
-The variants take turns, so that whatever else the machine does falls on all of them alike.
+LoRA r = 8 on q and v on both sides, the same token ids, padding, dtype, clipping and AdamW; ours from the hypernetwork
+for seven tasks, PEFT's one set for all. Every side computes all logits, but in the rows that say otherwise. The sides
+run in process groups of their own and take turns, step by step.
 """
 
-import json
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from transformers import AutoTokenizer
-
-from hyperscale.config.loading import load_recipe
-from hyperscale.config.run import Recipe
-from hyperscale.data.collate import Batch
-from hyperscale.data.corpus import load_corpus
-from hyperscale.data.loader import TrainLoader
-from hyperscale.engine.base import Engine
-from hyperscale.engine.collective import TorchCollective
-from hyperscale.launch.worker import build_engine
-from hyperscale.model.backbone import open_backbone
-from hyperscale.tracking.provenance import package_versions
+from benchmarks.machine import write_report
+from benchmarks.turns import Group
 
 RANKS = 2
-ROUNDS = 7
-VARIANTS = {
-    "local (unsharded)": ["engine.kind=local"],
-    "zero, resident none": ["engine.kind=zero", "engine.resident=none"],
-    "zero, resident all": ["engine.kind=zero", "engine.resident=all"],
+LEARNING = 3
+"""First steps, not counted: DeepSpeed learns the order of modules in two."""
+ROUNDS = 5
+DTYPES = ("bfloat16", "float32")
+OURS = "ours"
+PEERS = {
+    "peft-zero3": "PEFT, ZeRO-3 by its defaults",
+    "peft-tuned": "PEFT, ZeRO-3, persistence 0, plain attention",
+    "peft-persistent": "PEFT, ZeRO-3, all persistent, plain attention",
+    "peft-ddp": "PEFT, DDP, unsharded, plain attention",
 }
-FLOOR = "local (unsharded)"
+GOALS = (
+    ("none", "peft-zero3", 1.1),
+    ("none", "peft-tuned", 1.0),
+    ("all", "peft-zero3", 1.5),
+    ("all", "peft-ddp", 0.95),
+)
+
+Figures = dict[str, dict[str, list[float]]]
+"""Row -> `seconds`, `processor` (seconds of rank 0's processor) and `tokens` (real ones, all ranks) of every step."""
 
 
-def recipe_of(variant: str, dtype: str) -> Recipe:
-    """Return the demo's recipe with a variant's engine."""
-    overrides = [
-        f"cluster.workers={RANKS}",
-        f"backbone.dtype={dtype}",
-        "tracking.mlflow.enabled=false",
-        *VARIANTS[variant],
-    ]
-    return load_recipe("demo", overrides)
+def measure(dtype: str, folder: Path) -> Figures:
+    """Let ours and the peers take turns; return the figures of the counted steps."""
+    groups = [Group(OURS, RANKS, "benchmarks.step_ours", [dtype], folder)]
+    groups += [Group(peer, RANKS, "benchmarks.step_peft", [peer, dtype], folder) for peer in PEERS]
+    found: Figures = {}
+    try:
+        for number in range(LEARNING + ROUNDS):
+            for group in groups:
+                for row, figures in group.turn(number).items():
+                    if number >= LEARNING:
+                        for key, value in figures.items():
+                            found.setdefault(row, {}).setdefault(key, []).append(value)
+    finally:
+        for group in groups:
+            group.stop()
+    return found
 
 
-def batches_of(recipe: Recipe, rank: int) -> list[list[Batch]]:
-    """Return this rank's micro-batches of the first `ROUNDS` + 1 steps."""
-    folder = open_backbone(recipe.backbone)
-    corpus = load_corpus(
-        recipe.data, AutoTokenizer.from_pretrained(folder.path), folder.architecture.is_encoder_decoder
+def table(results: Mapping[str, Figures]) -> str:
+    """Return the medians, and each goal with what came out, as text."""
+    lines = [f"{'dtype':<9} {'row':<48} {'step s':>7} {'cpu s':>7} {'tokens/s':>9}"]
+    for dtype, rows in results.items():
+        for row, figures in rows.items():
+            seconds, processor = statistics.median(figures["seconds"]), statistics.median(figures["processor"])
+            speed = sum(figures["tokens"]) / sum(figures["seconds"])
+            lines.append(
+                f"{dtype:<9} {PEERS.get(row, f'ours, {row}'):<48} {seconds:>7.2f} {processor:>7.2f} {speed:>9.0f}"
+            )
+    lines.append(
+        "\nspeed of ours over the peer's, median of the rounds' own ratios: by the clock, by the processor's time"
     )
-    training, layout = recipe.training, corpus.layout
-    loader = TrainLoader(
-        [loaded.train.encoded for loaded in corpus.tasks],
-        recipe.data,
-        training.batch_size,
-        training.micro_batch_size,
-        rank,
-        RANKS,
-        recipe.seed,
-        layout.pad_token_id,
-        layout.is_encoder_decoder,
-    )
-    return [loader.next_step() for _ in range(ROUNDS + 1)]
-
-
-def measure(dtype: str, device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds of each timed step of each variant, on this rank; the first step of each is not counted."""
-    collective = TorchCollective(device)
-    engines: dict[str, Engine] = {}
-    for variant in VARIANTS:
-        recipe = recipe_of(variant, dtype)
-        engines[variant] = build_engine(
-            recipe, open_backbone(recipe.backbone), collective, device, len(recipe.data.tasks)
-        )
-    steps = batches_of(recipe_of(FLOOR, dtype), collective.rank)
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for number, batches in enumerate(steps):
-        for variant, engine in engines.items():
-            collective.barrier()
-            start = time.perf_counter()
-            engine.train_step(batches, number)
-            if number:
-                seconds[variant].append(time.perf_counter() - start)
-    return seconds
-
-
-def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return the medians and their ratios to the floor, as text."""
-    lines = [f"{'dtype':<10} {'engine':<22} {'median s':>9} {'x floor':>8}"]
-    for dtype, variants in results.items():
-        floor = statistics.median(variants[FLOOR])
-        for variant, seconds in variants.items():
-            median = statistics.median(seconds)
-            lines.append(f"{dtype:<10} {variant:<22} {median:>9.2f} {median / floor:>8.2f}")
+    for dtype, rows in results.items():
+        for ours, peer, goal in GOALS:
+            clock, processor = (ratio(rows, ours, peer, key) for key in ("seconds", "processor"))
+            lines.append(f"{dtype:<9} {ours:<5} over {peer:<16} {clock:>6.2f} {processor:>6.2f}  goal {goal}")
     return "\n".join(lines)
 
 
+def ratio(rows: Figures, ours: str, peer: str, key: str) -> float:
+    """Return how many of our steps fit into one of the peer's."""
+    pairs = zip(rows[peer][key], rows[ours][key], strict=True)
+    return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
 def main() -> None:
-    """Measure on all ranks; rank 0 prints the table and, with a path as argument, writes the JSON."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {dtype: measure(dtype, torch.device("cpu")) for dtype in ("bfloat16", "float32")}
-    if dist.get_rank() == 0:
-        print(table(results))
-        machine = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
-        report = {"results": results, "ranks": RANKS, "machine": machine, "versions": package_versions()}
-        if len(sys.argv) > 1:
-            Path(sys.argv[1]).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    dist.destroy_process_group()
+    """Measure the dtypes named on the command line, or both."""
+    results: dict[str, Any] = {}
+    for dtype in sys.argv[1:] or DTYPES:
+        with tempfile.TemporaryDirectory(prefix="hyperscale-step-") as scratch:
+            results[dtype] = measure(dtype, Path(scratch))
+    print(table(results))
+    write_report("step", {"benchmark": "step", "ranks": RANKS, "results": results})
 
 
 if __name__ == "__main__":

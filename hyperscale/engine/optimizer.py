@@ -49,11 +49,12 @@ class GeneratorOptimizer:
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, step: int) -> tuple[float, float]:
+    def step(self, step: int) -> tuple[float, Tensor]:
         """Clip, update, and clear the gradients.
 
         Returns:
-            The learning rate used and the gradient norm before clipping.
+            The learning rate used, and the gradient norm before clipping where the gradients are: reading it waits for
+            a GPU.
         """
         rate = learning_rate_at(step, self._total_steps, self._settings)
         for group in self._adamw.param_groups:
@@ -63,7 +64,7 @@ class GeneratorOptimizer:
         with self._rows_restored():
             self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        return rate, float(norm)
+        return rate, norm
 
     @contextmanager
     def _rows_restored(self) -> Iterator[None]:

@@ -11,15 +11,23 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
+from hyperscale.engine.shared_shards import ShardFile
 from hyperscale.engine.slices import StoredTensor, index_tensors, slice_reader
 from hyperscale.errors import BackboneError
 from hyperscale.model.backbone import BackboneFolder
 
 
 def load_sharded(
-    backbone: nn.Module, folder: BackboneFolder, ds_config: Mapping[str, Any], device: torch.device
+    backbone: nn.Module,
+    folder: BackboneFolder,
+    ds_config: Mapping[str, Any],
+    device: torch.device,
+    file: ShardFile | None = None,
 ) -> None:
     """Turn the meta parameters of `backbone` into ZeRO-3 partitions, filled from `folder`; every rank must call this.
+
+    Args:
+        file: where the shards are to lie; None leaves them where DeepSpeed puts them.
 
     Raises:
         BackboneError: a tensor is missing or has another shape; named with its file.
@@ -31,6 +39,8 @@ def load_sharded(
     with slice_reader() as reader:
         for names, source in sources:
             parameter = _partition_empty(partitioner, backbone, names, device)
+            if file is not None:
+                file.take(parameter)
             share = parameter.ds_tensor
             share.zero_()
             reader.read_into(share, source, parameter.ds_zero_partition_rank * share.numel())

@@ -19,6 +19,9 @@ from hyperscale.model.weights import Weights, as_leaves, backward
 _BUCKET_NUMEL = 32 * 1024 * 1024
 """Elements of one gradient all-reduce: 128 MiB of fp32, beyond which larger messages gain nothing."""
 
+_NORMALISERS = {"token_mean": -4, "sample_mean": -3, "token_sum": None}
+"""Where in the totals the number is that the loss is divided by; None = by nothing."""
+
 
 @dataclass(frozen=True)
 class TrainingStep:
@@ -47,9 +50,9 @@ class TrainingStep:
             torch.manual_seed(_mixed_seed(self.seed, step, number, self.collective.rank))
             self._run_batch(batch, torch.searchsorted(tasks, batch.task_index), leaves, totals)
         backward(made, leaves)
-        normaliser = self._reduce(totals)
+        self._reduce(totals)
         learning_rate, grad_norm = self.optimizer.step(step)
-        return totals.result(normaliser, learning_rate, grad_norm)
+        return totals.result(self.settings.loss, learning_rate, grad_norm)
 
     def _run_batch(self, batch: Batch, slots: Tensor, leaves: Weights, totals: "_Totals") -> None:
         """Add one micro-batch's gradients to `leaves` and its losses to `totals`."""
@@ -71,8 +74,8 @@ class TrainingStep:
             objective.backward()
         totals.add(objective.detach(), losses.detach(), token_tasks, batch)
 
-    def _reduce(self, totals: "_Totals") -> float:
-        """Sum gradients and totals over ranks, then divide the gradients; returns what they were divided by."""
+    def _reduce(self, totals: "_Totals") -> None:
+        """Sum gradients and totals over ranks, then divide the gradients; nothing here waits for a GPU."""
         parameters = [parameter for parameter in self.model.generator.parameters() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
@@ -83,15 +86,18 @@ class TrainingStep:
             self.collective.sum(flat)
             for tensor, reduced in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(reduced.view_as(tensor))
-        normaliser = totals.normaliser(self.settings.loss)
-        for gradient in gradients:
-            gradient.div_(normaliser)
-        return normaliser
+        place = _NORMALISERS[self.settings.loss]
+        if place is not None:
+            for gradient in gradients:
+                gradient.div_(totals.flat[place])
 
 
 @dataclass(frozen=True)
 class _Totals:
-    """Sums of a step in one fp32 vector, to travel with the gradients: losses and counts per task, four scalars."""
+    """Sums of a step in one fp32 vector, to travel with the gradients.
+
+    Losses and label tokens per task; then label tokens, samples, tokens and objective of them all.
+    """
 
     flat: Tensor
     num_tasks: int
@@ -107,18 +113,17 @@ class _Totals:
         self.flat[-4:-1] += counts
         self.flat[-1] += objective
 
-    def normaliser(self, loss: str) -> float:
-        """Return what the sum of losses is divided by: label tokens, samples or nothing."""
-        return {"token_mean": float(self.flat[-4]), "sample_mean": float(self.flat[-3]), "token_sum": 1.0}[loss]
-
-    def result(self, normaliser: float, learning_rate: float, grad_norm: float) -> StepResult:
-        values = self.flat.tolist()
+    def result(self, loss: str, learning_rate: float, grad_norm: Tensor) -> StepResult:
+        """Read everything at once: the only place of a step where the host waits for a GPU."""
+        *values, norm = torch.cat([self.flat, grad_norm.to(self.flat.dtype).view(1)]).tolist()
+        place = _NORMALISERS[loss]
+        normaliser = 1.0 if place is None else values[place]
         sums, counts = values[: self.num_tasks], values[self.num_tasks : 2 * self.num_tasks]
         return StepResult(
             loss=values[-1] / normaliser,
             task_losses={task: sums[task] / counts[task] for task in range(self.num_tasks) if counts[task]},
             learning_rate=learning_rate,
-            grad_norm=grad_norm,
+            grad_norm=norm,
             tokens=int(values[-2]),
             samples=int(values[-3]),
         )

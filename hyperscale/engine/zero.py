@@ -6,7 +6,7 @@ into the generated weights. Checked against the local engine in tests/test_zero_
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.engine.base import StepResult
-from hyperscale.engine.collective import Collective
+from hyperscale.engine.collective import Collective, TorchCollective
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
 from hyperscale.engine.frozen_linear import forget_linear_inputs
 from hyperscale.engine.host_memory import map_large_tensors, return_freed_memory
 from hyperscale.engine.sharded_load import load_sharded
+from hyperscale.engine.shared_shards import ShardFile, share_shards
 from hyperscale.engine.state import load_tensors, state_tensors
 from hyperscale.engine.step import TrainingStep, evaluation_mode
 from hyperscale.model.adapted import AdaptedModel
@@ -56,13 +57,17 @@ def shard_backbone(
     backbone = build_empty(folder, recipe.backbone)
     if recipe.engine.activation_checkpointing:
         set_activation_checkpointing(backbone)
-    block_numel = max(_numel(block) for block in _blocks(backbone, folder.architecture))
-    config = complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, world_size, block_numel)
+    config = complete_ds_config(
+        read_ds_config(recipe.engine.ds_config), recipe, world_size, *_numels(backbone, folder.architecture)
+    )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    load_sharded(backbone, folder, config, device)
+    file = ShardFile(backbone, world_size) if device.type == "cpu" else None
+    load_sharded(backbone, folder, config, device, file)
     set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
     engine, *_ = deepspeed.initialize(model=backbone, config=config)
     forget_linear_inputs(backbone)
+    if file is not None:
+        share_shards(backbone, file, TorchCollective(device))
     return backbone, engine
 
 
@@ -70,8 +75,16 @@ def _blocks(backbone: nn.Module, architecture: Architecture) -> list[nn.Module]:
     return [block for stack in architecture.stacks for block in backbone.get_submodule(stack.blocks).children()]
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _numels(backbone: nn.Module, architecture: Architecture) -> tuple[int, int]:
+    """Return the elements of the largest block, and of the norms outside the blocks together."""
+    blocks = [list(block.parameters()) for block in _blocks(backbone, architecture)]
+    inside = {parameter for block in blocks for parameter in block}
+    norms = [parameter for parameter in backbone.parameters() if parameter.dim() == 1 and parameter not in inside]
+    return max(map(_numel, blocks)), _numel(norms)
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _quiet_deepspeed() -> None:

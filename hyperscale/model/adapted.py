@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hyperscale.model.architectures import Architecture
 from hyperscale.model.injection import Injection
+from hyperscale.model.losses import CrossEntropy
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights, cast
 
@@ -97,5 +97,6 @@ def label_positions(labels: Tensor, is_encoder_decoder: bool) -> tuple[Tensor, T
 
 
 def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy [N] in fp32 of logits [N, V] at target ids [N]."""
-    return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    """Return the cross-entropy [N], at least in fp32, of logits [N, V] at target ids [N]."""
+    losses: Tensor = CrossEntropy.apply(logits, targets, label_smoothing)  # type: ignore[no-untyped-call]
+    return losses

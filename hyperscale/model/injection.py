@@ -16,10 +16,13 @@ from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
+SiteWeights = Mapping[str, Mapping[str, Sequence[Tensor]]]
+"""For every group its named tensors, one [K, …] a site."""
+
 
 @dataclass(frozen=True)
 class _Active:
-    weights: Weights
+    weights: SiteWeights
     slots: Tensor | None
     """[B] index into the weights' task dimension, or None where all samples are of the one task in it."""
 
@@ -67,7 +70,7 @@ class Injection:
         """
         num_tasks = next(iter(next(iter(weights.values())).values())).shape[0]
         before = self._active
-        self._active = _Active(weights, None if num_tasks == 1 else slots)
+        self._active = _Active(_by_site(weights), None if num_tasks == 1 else slots)
         try:
             yield
         finally:
@@ -107,8 +110,22 @@ def _hook(way: str, layer: nn.Module, acting: hooks.Acting, architecture: Archit
             return hooks.inside_attention(layer, acting, architecture.mask_argument)
 
 
+def _by_site(weights: Weights) -> SiteWeights:
+    """Cut the tensors into their sites', all at once.
+
+    The backward pass then puts the sites' gradients together in one copy. Were each site to take its slice by itself,
+    each would add a gradient of the size of all of them: a quarter of the step at 60 sites.
+    """
+    return {key: {name: tensor.unbind(1) for name, tensor in group.items()} for key, group in weights.items()}
+
+
 def _select(active: _Active, place: _Place) -> Mapping[str, Tensor]:
-    group = active.weights[place.group]
+    """Return the site's weights: the one task's, or each sample's own [B, …].
+
+    These copies are what `bmm` keeps for the backward pass, at most B tasks' weights. Measured against them on CPUs:
+    one product over all K tasks with the others masked is slower in fp32, one product a task slower in both dtypes.
+    """
+    group = {name: tensors[place.index] for name, tensors in active.weights[place.group].items()}
     if active.slots is None:
-        return {name: tensor[0, place.index] for name, tensor in group.items()}
-    return {name: tensor[:, place.index].index_select(0, active.slots) for name, tensor in group.items()}
+        return {name: tensor[0] for name, tensor in group.items()}
+    return {name: tensor.index_select(0, active.slots) for name, tensor in group.items()}

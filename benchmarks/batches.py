@@ -1,0 +1,37 @@
+"""The samples that all sides of the step benchmark train on."""
+
+from hyperscale.config.loading import load_recipe
+from hyperscale.config.run import Recipe
+from hyperscale.data.collate import Batch
+from hyperscale.data.corpus import load_corpus
+from hyperscale.data.loader import TrainLoader
+from hyperscale.model.backbone import open_backbone
+
+
+def recipe_of(dtype: str, ranks: int, *changes: str) -> Recipe:
+    """Return the demo's recipe with a dtype, as many workers as ranks, and other changes."""
+    return load_recipe(
+        "demo", [f"cluster.workers={ranks}", f"backbone.dtype={dtype}", "tracking.mlflow.enabled=false", *changes]
+    )
+
+
+def batches_of(recipe: Recipe, rank: int, steps: int) -> list[list[Batch]]:
+    """Return a rank's micro-batches of the first steps."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 (after a peer has told transformers of DeepSpeed)
+
+    folder = open_backbone(recipe.backbone)
+    corpus = load_corpus(
+        recipe.data, AutoTokenizer.from_pretrained(folder.path), folder.architecture.is_encoder_decoder
+    )
+    loader = TrainLoader(
+        [loaded.train.encoded for loaded in corpus.tasks],
+        recipe.data,
+        recipe.training.batch_size,
+        recipe.training.micro_batch_size,
+        rank,
+        recipe.cluster.workers,
+        recipe.seed,
+        corpus.layout.pad_token_id,
+        corpus.layout.is_encoder_decoder,
+    )
+    return [loader.next_step() for _ in range(steps)]

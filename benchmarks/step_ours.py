@@ -1,0 +1,85 @@
+"""Our side of the step benchmark: all variants in one process group, each taking its step in turn."""
+
+import os
+import sys
+import time
+import types
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.batches import batches_of, recipe_of
+from benchmarks.step import LEARNING, RANKS, ROUNDS
+from benchmarks.turns import Turns
+from hyperscale.engine.base import Engine
+from hyperscale.engine.collective import TorchCollective
+from hyperscale.launch.worker import build_engine
+from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.backbone import open_backbone
+
+ENGINES = {
+    # name -> changes of the recipe, and whether gathers come out of shared memory
+    "none": (("engine.resident=none",), True),
+    "none, messages": (("engine.resident=none",), False),
+    "all": (("engine.resident=all",), True),
+    "local": (("engine.kind=local",), True),
+}
+ROWS = {
+    # row -> engine, all logits or only those of labels, bucketed by length
+    "none": ("none", True, False),
+    "all": ("all", True, False),
+    "unsharded": ("local", True, False),
+    "none, gathers as gloo messages": ("none, messages", True, False),
+    "none, logits of labels only": ("none", False, False),
+    "all, logits of labels only": ("all", False, False),
+    "none, logits of labels only, bucketed": ("none", False, True),
+}
+
+
+def all_logits(model: AdaptedModel, ids: Tensor, attention_mask: Tensor, _labels: Tensor, positions: Tensor) -> Any:
+    """Compute the logits of all tokens, as PEFT's side does, and pick those of the labels."""
+    logits = model.backbone(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+    return logits.flatten(0, 1).index_select(0, positions)
+
+
+def main() -> None:
+    """Be one rank: `dtype folder` on the command line."""
+    dtype, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, device = dist.get_rank(), torch.device("cpu")
+    engines: dict[str, Engine] = {}
+    for name, (changes, is_shared) in ENGINES.items():
+        os.environ["HYPERSCALE_SHARED_SHARDS"] = str(int(is_shared))
+        recipe = recipe_of(dtype, RANKS, *changes)
+        engines[name] = build_engine(recipe, open_backbone(recipe.backbone), TorchCollective(device), device, 7)
+    steps = LEARNING + ROUNDS
+    batches = {
+        bucketed: batches_of(recipe_of(dtype, RANKS, f"data.bucket_steps={8 if bucketed else 1}"), rank, steps)
+        for bucketed in (False, True)
+    }
+    turns = Turns(folder)
+    for number in range(steps):
+        if rank == 0:
+            turns.wait(number)
+        said = {}
+        for row, (name, is_full, bucketed) in ROWS.items():
+            model = engines[name].model
+            model.label_logits = types.MethodType(all_logits if is_full else AdaptedModel.label_logits, model)  # type: ignore[method-assign]
+            dist.barrier()
+            start, processor = time.perf_counter(), time.process_time()
+            result = engines[name].train_step(batches[bucketed][number], number)
+            said[row] = {
+                "seconds": time.perf_counter() - start,
+                "processor": time.process_time() - processor,
+                "tokens": result.tokens,
+            }
+        if rank == 0:
+            turns.done(number, said)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
