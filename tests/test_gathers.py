@@ -93,7 +93,7 @@ def test_a_block_is_gathered_once_a_pass(
         tasks,
         tmp_path,
         training={"steps": 5, "batch_size": 8, "micro_batch_size": 4, "optimizer": {"warmup_steps": 1}},
-        engine={"kind": "zero", "activation_checkpointing": checkpointing},
+        engine={"kind": "zero", "resident": "none", "activation_checkpointing": checkpointing},
         cluster={"workers": 2},
     )
     shared, sent = two_ranks.run(steps_of, recipe, True), two_ranks.run(steps_of, recipe, False)
