@@ -56,21 +56,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     "t5-220m": {"d_model": 768, "d_ff": 2048, "d_kv": 64, "num_layers": 12, "num_heads": 12},
     "t5-740m": {"d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_layers": 24, "num_heads": 16},
 }
+EVERYTHING = "64GiB"
+"""Room for every part. `all` keeps them too, but asks for speed: there the C library keeps what a step frees."""
 CASES = (
     Case("llama-110m", "float32", "none", False),
-    Case("llama-110m", "float32", "all", False),
+    Case("llama-110m", "float32", EVERYTHING, False),
     Case("llama-110m", "float32", "none", True),
     Case("t5-220m", "float32", "none", False),
-    Case("t5-220m", "float32", "all", False),
+    Case("t5-220m", "float32", EVERYTHING, False),
     Case("t5-220m", "float32", "none", True),
     Case("llama-440m", "bfloat16", "none", False),
-    Case("llama-440m", "bfloat16", "all", False),
+    Case("llama-440m", "bfloat16", EVERYTHING, False),
     Case("llama-440m", "bfloat16", "none", True),
     Case("llama-110m", "float32", "150MiB", False),
     Case("llama-110m", "float32", "none", False, "zero3_offload"),
     Case("llama-110m", "float32", "none", False, "zero3_hpz"),
     Case("t5-740m", "bfloat16", "none", True),
-    Case("t5-740m", "bfloat16", "all", False),
+    Case("t5-740m", "bfloat16", EVERYTHING, False),
+    Case("llama-110m", "float32", "all", False),
 )
 
 
@@ -220,7 +223,11 @@ def main() -> None:
             answer = Path(scratch) / "answer.json"
             group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
             words = ["-m", "benchmarks.memory", "--rank", str(number), str(backbone), str(answer)]
-            subprocess.run([sys.executable, "-W", "ignore", *group, *words], check=True)
+            answer.unlink(missing_ok=True)
+            # Gloo's threads now and then abort a rank that has answered and is on its way out.
+            subprocess.run([sys.executable, "-W", "ignore", *group, *words], check=False)
+            if not answer.exists():
+                raise SystemExit(f"case {number} gave no answer; see above")
             rows.append((case, json.loads(answer.read_text(encoding="utf-8"))))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))

@@ -23,12 +23,19 @@ ENGINES = {
     # name -> changes of the recipe, and whether gathers come out of shared memory
     "none": (("engine.resident=none",), True),
     "none, messages": (("engine.resident=none",), False),
+    "auto": (("engine.resident=auto",), True),
     "all": (("engine.resident=all",), True),
     "local": (("engine.kind=local",), True),
+}
+GROUPS = {
+    # Engines of one process group: some change how its C library gives memory back (engine/host_memory.py).
+    "ours": ("none", "none, messages", "auto"),
+    "ours for speed": ("all", "local"),
 }
 ROWS = {
     # row -> engine, all logits or only those of labels, bucketed by length
     "none": ("none", True, False),
+    "auto": ("auto", True, False),
     "all": ("all", True, False),
     "unsharded": ("local", True, False),
     "none, gathers as gloo messages": ("none, messages", True, False),
@@ -45,13 +52,15 @@ def all_logits(model: AdaptedModel, ids: Tensor, attention_mask: Tensor, _labels
 
 
 def main() -> None:
-    """Be one rank: `dtype folder` on the command line."""
-    dtype, folder = sys.argv[1:]
+    """Be one rank: `group dtype folder` on the command line."""
+    group, dtype, folder = sys.argv[1:]
+    here = GROUPS[group]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, device = dist.get_rank(), torch.device("cpu")
     engines: dict[str, Engine] = {}
-    for name, (changes, is_shared) in ENGINES.items():
+    for name in here:
+        changes, is_shared = ENGINES[name]
         os.environ["HYPERSCALE_SHARED_SHARDS"] = str(int(is_shared))
         recipe = recipe_of(dtype, RANKS, *changes)
         engines[name] = build_engine(recipe, open_backbone(recipe.backbone), TorchCollective(device), device, 7)
@@ -66,6 +75,8 @@ def main() -> None:
             turns.wait(number)
         said = {}
         for row, (name, is_full, bucketed) in ROWS.items():
+            if name not in here:
+                continue
             model = engines[name].model
             model.label_logits = types.MethodType(all_logits if is_full else AdaptedModel.label_logits, model)  # type: ignore[method-assign]
             dist.barrier()

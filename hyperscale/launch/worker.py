@@ -156,7 +156,7 @@ def build_engine(
     backbone: nn.Module
     if recipe.engine.kind == "zero":
         from hyperscale.engine.residency import agree_on_resident
-        from hyperscale.engine.zero import ZeroEngine, shard_backbone
+        from hyperscale.engine.zero import ZeroEngine, keeps_host_memory_small, shard_backbone
 
         backbone, deepspeed_engine = shard_backbone(folder, recipe, device, collective.world_size)
     else:
@@ -181,7 +181,8 @@ def build_engine(
     if deepspeed_engine is None:
         return LocalEngine(step)
     parts = find_parts(backbone, folder.architecture)
-    return ZeroEngine(step, deepspeed_engine, parts, agree_on_resident(recipe, folder, parts, collective, device))
+    resident = agree_on_resident(recipe, folder, parts, collective, device)
+    return ZeroEngine(step, deepspeed_engine, parts, resident, keeps_host_memory_small(recipe, device))
 
 
 def _newest_checkpoint(session: Session) -> Checkpoint | None:
