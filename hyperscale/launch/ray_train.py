@@ -159,6 +159,14 @@ def describe_losses(worker_exceptions: Mapping[int, Exception]) -> str:
     return "; ".join(f"worker {rank} {reason}" for rank, reason in causes.items())
 
 
+def _first_line(error: Exception) -> str:
+    """Say what Ray says first; of memory it says paragraphs."""
+    text = str(error).strip()
+    if "out of memory" in text.lower() or "OOM" in text:
+        return "a worker was killed for want of memory ('hyperscale plan RECIPE' says how much a run needs)"
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+
+
 def _reason(error: Exception) -> str:
     if isinstance(getattr(error, "health_check_failure", error), RayError):
         return "died (killed, out of memory, or its node is gone)"
@@ -222,7 +230,7 @@ def _as_told(error: Exception, mailbox: Any, max_failures: int) -> HyperscaleErr
     if mistake:
         return as_mistake(*mistake)
     failures = getattr(error, "worker_failures", None)
-    last = describe_losses(failures) if failures else str(error).strip().splitlines()[-1]
+    last = describe_losses(failures) if failures else _first_line(error)
     return ResourceError(
         f"the workers failed more than cluster.max_failures={max_failures} times; the last time {last}. "
         "Continue from the last checkpoint with --resume; --debug shows the traceback"
