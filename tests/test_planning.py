@@ -14,6 +14,7 @@ from hyperscale.config.backbone import BackboneSettings
 from hyperscale.config.run import Recipe
 from hyperscale.config.sizes import format_size, parse_size
 from hyperscale.engine.ds_config import read_sharding
+from hyperscale.engine.gathers import logged_gathers
 from hyperscale.engine.zero import ZeroEngine
 from hyperscale.model.adapted import label_positions, token_losses
 from hyperscale.model.backbone import build_empty, open_backbone, open_shapes
@@ -99,7 +100,8 @@ def test_the_trace_keeps_what_a_real_step_keeps(request: pytest.FixtureRequest, 
     # What autograd saved, and besides it what the model itself holds on to: masks, position biases, hidden states.
     assert saved * 0.9 <= traced.kept <= saved * 1.2
     assert token_losses(logits, torch.full((len(positions),), 5)).shape == (32,)
-    assert traced.loss >= 3 * logits.nbytes
+    # The logits themselves; of their fp32 forms there are only a few rows at a time (model/losses.py).
+    assert logits.nbytes <= traced.loss < 2 * logits.nbytes
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -144,27 +146,16 @@ def test_sharding_is_read_from_deepspeeds_json(tiny_llama_folder: Path, tmp_path
 
 def received(recipe: Recipe) -> tuple[int, int]:
     """Return the bytes that this rank's third step gathered from the other, and what the plan says."""
-    import deepspeed.runtime.zero.partition_parameters as deepspeed_parts
-
     engine, corpus = engine_of(recipe), corpus_of(recipe)
     assert isinstance(engine, ZeroEngine)
     loader = loader_of(recipe, corpus, engine.collective.rank, 2)
-    gather, counted = deepspeed_parts._dist_allgather_fn, [0]
-
-    def counting(mine: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
-        counted[0] += whole.nbytes - mine.nbytes
-        return gather(mine, whole, group)
-
-    deepspeed_parts._dist_allgather_fn = counting
-    try:
-        for step in range(3):
-            counted[0] = 0
-            engine.train_step(loader.next_step(), step)
-    finally:
-        deepspeed_parts._dist_allgather_fn = gather
+    for step in range(2):
+        engine.train_step(loader.next_step(), step)
+    with logged_gathers(engine.model.backbone) as gathers:
+        engine.train_step(loader.next_step(), 2)
     workload = describe_run(recipe, open_backbone(recipe.backbone))
     planned = plan_traffic(workload, Sharding(2), engine.resident, micro_batches=1)
-    return counted[0], planned.gathers
+    return sum(gather.received_bytes for gather in gathers), planned.gathers
 
 
 def test_what_is_planned_is_what_arrives(two_ranks: Ranks, tiny_t5_folder: Path, tmp_path: Path) -> None:
