@@ -33,7 +33,7 @@ fmt: .venv/.dev ## format and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.dev ## measure loading, a step against PEFT, mixed tasks, and where a step's time goes
+bench: .venv/.dev ## measure loading, a step against PEFT, mixed tasks, a profile, memory against the plan
 	$(BIN)/python -m benchmarks
 
 docs: .venv/.runtime ## write docs/recipe.schema.json and docs/cli.md from the program itself
