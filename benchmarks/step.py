@@ -26,7 +26,7 @@ PEERS = {
     "peft-persistent": "PEFT, ZeRO-3, all persistent, plain attention",
     "peft-ddp": "PEFT, DDP, unsharded, plain attention",
 }
-TOGETHER = (("ours", "peft-zero3", "peft-leaves", "peft-ddp"), ("ours for speed", "peft-persistent"))
+TOGETHER = (("ours", "peft-zero3", "peft-tuned", "peft-ddp"), ("ours for speed", "peft-persistent"))
 """Process groups that take turns in one run: all that a goal compares, and what 24 GiB hold at one time."""
 GOALS = (
     ("none", "peft-zero3", 1.1),
