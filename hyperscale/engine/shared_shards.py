@@ -7,7 +7,6 @@ Nothing is mapped but a rank's own shards, and nothing is left behind when a ran
 `HYPERSCALE_SHARED_SHARDS=0` in the environment gathers go through DeepSpeed all the same.
 """
 
-import ctypes
 import mmap
 import os
 import weakref
@@ -20,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from hyperscale.engine.collective import Collective
+from hyperscale.engine.host_memory import return_freed_memory
 
 _ALIGNMENT = 64
 """Bytes at whose multiples shards begin: a cache line."""
@@ -49,7 +49,8 @@ class ShardFile:
             self.offsets[parameter.ds_id] = self._end
             share.data = torch.frombuffer(self._mapped, dtype=share.dtype, count=share.numel(), offset=self._end)
             self._end += _aligned(share.numel() * share.element_size())
-            _return_freed_memory()
+            # The C library would keep what each shard lay in: 880 MiB a rank after loading 1.1B parameters on 2 ranks.
+            return_freed_memory()
 
 
 def share_shards(backbone: nn.Module, own: ShardFile, collective: Collective) -> bool:
@@ -73,16 +74,6 @@ def share_shards(backbone: nn.Module, own: ShardFile, collective: Collective) ->
     for parameter in parameters:
         parameter.all_gather_coalesced = gather
     return True
-
-
-def _return_freed_memory() -> None:
-    """Give the C library's free memory back to the system.
-
-    It would keep what each shard lay in before: loading 1.1B parameters on 2 ranks left 880 MiB a rank.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def _aligned(size: int) -> int:
