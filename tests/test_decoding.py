@@ -1,15 +1,17 @@
 """Generation against transformers' own, label scoring against whole logits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, GenerationConfig
 
 from hyperscale.data.collate import Batch, Layout, PromptBatch, collate, collate_prompts
 from hyperscale.model.adapted import AdaptedModel, label_positions, shift_right, token_losses
-from hyperscale.model.decoding import greedy_decode, row_log_likelihoods
+from hyperscale.model.decoding import answer_log_likelihoods, greedy_decode
 from hyperscale.model.weights import Weights
 from tests import tiny
 
@@ -176,19 +178,39 @@ def test_label_logits_are_rows_of_the_whole(model: AdaptedModel, weights: Weight
         torch.testing.assert_close(losses.double(), plain, rtol=1e-5, atol=1e-5)
 
 
-def test_row_log_likelihoods(model: AdaptedModel, weights: Weights, labelled: Batch):
-    labels = labelled.labels.clone()
-    labels[3] = -100  # a filler row has no answer
+def test_likelihoods_of_answers(model: AdaptedModel, weights: Weights, labelled: Batch):
+    labels = labelled.labels
+    ends = [max(place for place, label in enumerate(row) if label != -100) for row in labels.tolist()]
+    endings = torch.tensor([[int(labels[row, end]), 7, 40 + row] for row, end in enumerate(ends)])
     with torch.no_grad(), model.adapted(weights, SLOTS):
-        likelihoods = row_log_likelihoods(model, labelled.input_ids, labelled.attention_mask, labels)
+        likelihoods = answer_log_likelihoods(model, labelled.input_ids, labelled.attention_mask, labels, endings)
         log_p = whole_logits(model, labelled).double().log_softmax(-1)
-    expected = [
-        sum(log_p[row, place, label].item() for place, label in enumerate(ids) if label != -100)
-        for row, ids in enumerate(labels.tolist())
-    ]
-    torch.testing.assert_close(likelihoods.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
+    for row, end in enumerate(ends):
+        for column, ending in enumerate(endings[row].tolist()):
+            answer = [ending if place == end else label for place, label in enumerate(labels[row].tolist())]
+            expected = sum(log_p[row, place, label].item() for place, label in enumerate(answer) if label != -100)
+            assert likelihoods[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert likelihoods.dtype == torch.float32
-    assert likelihoods[3] == 0
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that an operator returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result._is_view():
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_decoding_copies_no_weights_for_every_row(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+    """The head, above all: PyTorch multiplies it row by row with a slice of the prompt's hidden states."""
+    with Largest() as seen:
+        decode(model, weights, prompts, UNREACHED)
+    vocabulary, width = model.backbone.get_output_embeddings().weight.shape
+    assert len(SLOTS) * vocabulary <= seen.numel < len(SLOTS) * vocabulary * width
 
 
 def test_positions_of_labels():

@@ -132,7 +132,9 @@ def test_evaluation_covers_every_row_once_and_all_ranks_run_equally_often(count:
     pairs: Counter[tuple[int, int]] = Counter()
     for share in scored:
         for batch in share:
-            pairs.update(zip(batch.rows, batch.candidates, strict=True))
+            pairs.update(
+                (row, number) for row, of_row in zip(batch.rows, batch.candidates, strict=True) for number in of_row
+            )
     assert {pair: number for pair, number in pairs.items() if pair[0] >= 0} == {
         (row, candidate): 1 for row in range(count) for candidate in range(2)
     }
@@ -147,8 +149,18 @@ def test_evaluation_rows_carry_their_example():
                 real = prompt.input_ids[place][prompt.attention_mask[place].bool()].tolist()
                 assert row == -1 or (tuple(real) == known[row].source_ids and int(prompt.task_index[place]) == row)
         for scoring in scoring_batches(known, tasks, 2, rank, 2, PAD, False):
-            for place, (row, candidate) in enumerate(zip(scoring.rows, scoring.candidates, strict=True)):
+            for place, (row, (candidate,)) in enumerate(zip(scoring.rows, scoring.candidates, strict=True)):
                 labels = scoring.batch.labels[place]
                 answer = tuple(labels[labels != IGNORED].tolist())
                 assert row == -1 or answer == known[row].candidate_ids[candidate]
+                assert scoring.endings[place].tolist() == [answer[-1]]
                 assert row == -1 or int(scoring.batch.task_index[place]) == row
+
+
+def test_candidates_that_differ_in_their_last_token_share_a_row():
+    candidates = ((7,), (8, 9), (6,), (8, 5), (5, 9))
+    (scoring,) = scoring_batches([Encoded((5, 6), (7, 1), candidates)], [2], 8, 0, 1, PAD, False)
+    assert scoring.rows == (0, 0, 0)
+    assert scoring.candidates == ((0, 2), (1, 3), (4,))
+    assert scoring.endings.tolist() == [[7, 6], [9, 5], [9, 9]]
+    assert scoring.batch.input_ids.tolist() == [[5, 6, 7, PAD], [5, 6, 8, 9], [5, 6, 5, 9]]

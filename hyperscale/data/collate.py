@@ -49,13 +49,16 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Every row is one example with one of its candidates as the answer."""
+    """Every row is one example with those of its candidates that differ in their last token alone."""
 
     batch: Batch
+    """With the first of a row's candidates as the answer."""
     rows: tuple[int, ...]
     """Index of each row's example in the evaluation set; -1 = a filler that only keeps the ranks in step."""
-    candidates: tuple[int, ...]
-    """Position of each row's answer among the example's candidates."""
+    candidates: tuple[tuple[int, ...], ...]
+    """Positions of each row's answers among the example's candidates."""
+    endings: Tensor
+    """int64 [B, C]: the last token of each of these answers; rows of fewer than C repeat their first."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ evaluation set is too small for that, fillers (copies of a row, numbered -1) sta
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import (
     Batch,
@@ -18,7 +20,7 @@ from hyperscale.data.collate import (
     collate_prompts,
 )
 from hyperscale.data.mixture import Mixture, Sample
-from hyperscale.data.tokenization import Encoded
+from hyperscale.data.tokenization import Encoded, TokenIds
 from hyperscale.errors import ConfigError
 
 
@@ -91,24 +93,38 @@ def scoring_batches(
     pad_token_id: int,
     is_encoder_decoder: bool,
 ) -> list[ScoringBatch]:
-    """Return this rank's share of all (example, candidate) rows, as many batches as every other rank gets.
+    """Return this rank's share of all examples with all their candidates, as many batches as every other rank gets.
 
-    Rows are sorted by length, so a batch may mix the tasks of `tasks` (one index per example).
+    Candidates that differ in their last token alone share a row. Rows are sorted by length, so a batch may mix the
+    tasks of `tasks` (one index per example).
     """
-    pairs = [(row, number) for row, example in enumerate(examples) for number in range(len(example.candidate_ids))]
-    pairs.sort(key=lambda pair: len(examples[pair[0]].source_ids) + len(examples[pair[0]].candidate_ids[pair[1]]))
+    pairs = [(row, numbers) for row, example in enumerate(examples) for numbers in _rows_of(example.candidate_ids)]
+    pairs.sort(key=lambda pair: len(examples[pair[0]].source_ids) + len(examples[pair[0]].candidate_ids[pair[1][0]]))
     layout = Layout(pad_token_id, is_encoder_decoder)
     batches = []
     for chosen, is_filler in _shares(len(pairs), micro_batch_size, rank, world_size):
-        rows, numbers = zip(*(pairs[place] for place in chosen), strict=True)
+        rows, groups = zip(*(pairs[place] for place in chosen), strict=True)
+        answers = [
+            [examples[row].candidate_ids[number] for number in group] for row, group in zip(rows, groups, strict=True)
+        ]
         batch = collate(
             [examples[row].source_ids for row in rows],
-            [examples[row].candidate_ids[number] for row, number in zip(rows, numbers, strict=True)],
+            [of_row[0] for of_row in answers],
             [tasks[row] for row in rows],
             layout,
         )
-        batches.append(ScoringBatch(batch, (-1,) * len(rows) if is_filler else rows, numbers))
+        most = max(map(len, answers))
+        endings = [[one[-1] for one in of_row] + [of_row[0][-1]] * (most - len(of_row)) for of_row in answers]
+        batches.append(ScoringBatch(batch, (-1,) * len(rows) if is_filler else rows, groups, torch.tensor(endings)))
     return batches
+
+
+def _rows_of(candidates: Sequence[TokenIds]) -> list[tuple[int, ...]]:
+    """Group the positions of candidates that are equal up to their last token."""
+    groups: dict[TokenIds, list[int]] = {}
+    for number, candidate in enumerate(candidates):
+        groups.setdefault(candidate[:-1], []).append(number)
+    return [tuple(group) for group in groups.values()]
 
 
 def prompt_batches(

@@ -60,9 +60,14 @@ class AdaptedModel:
             logits: Tensor = self.backbone(**inputs).logits
         return logits
 
-    def _keep_labelled(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def _keep_labelled(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Keep the label positions alone; without any, lay the hidden states together.
+
+        Given the last position of each prompt as a slice, and no gradient to keep, PyTorch multiplies row by row and on
+        CPUs first copies the head for every row: 1.8 GB and 4 s for 32 rows of SmolLM2-135M in bf16.
+        """
         if self._positions is None:
-            return None
+            return (args[0].contiguous(),)
         return (args[0].flatten(0, 1).index_select(0, self._positions),)
 
     @contextmanager

@@ -96,18 +96,25 @@ class _Seq2SeqSteps:
 
 
 @torch.no_grad()
-def row_log_likelihoods(model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-likelihood [B], fp32, of each row's label tokens; inside `model.adapted(...)`.
+def answer_log_likelihoods(
+    model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, endings: Tensor
+) -> Tensor:
+    """Return the log-likelihoods [B, C], at least fp32, of C answers to each prompt; inside `model.adapted(...)`.
 
-    Candidates of one question are rows of their own; the most likely row is the answer. Sums over tokens, so
-    candidates compete with their whole wording, as in the usual label-scoring protocol.
+    An answer is a row's label tokens with another last one. What comes before it is computed once for all C. Sums over
+    tokens, so answers compete with their whole wording, as in the usual label-scoring protocol.
 
     Args:
-        input_ids, attention_mask, labels: CPU or device tensors as in `AdaptedModel.label_logits`.
+        input_ids, attention_mask, labels: as in `AdaptedModel.label_logits`; every row has a label.
+        endings: int64 [B, C], the last tokens.
     """
     device = input_ids.device
     positions, targets, samples = label_positions(labels.cpu(), model.architecture.is_encoder_decoder)
+    last = torch.bincount(samples).cumsum(0).to(device) - 1
+    targets = targets.to(device)
     logits = model.label_logits(input_ids, attention_mask, labels, positions.to(device))
-    losses = token_losses(logits, targets.to(device))
-    total = torch.zeros(input_ids.shape[0], dtype=losses.dtype, device=device)
-    return total.index_add(0, samples.to(device), -losses)
+    losses = token_losses(logits, targets)
+    total = losses.new_zeros(len(input_ids)).index_add(0, samples.to(device), -losses)
+    # of one position's log-likelihoods the differences are those of its logits
+    ended = logits[last].to(losses.dtype)
+    return total.unsqueeze(1) + ended.gather(1, endings) - ended.gather(1, targets[last].unsqueeze(1))

@@ -15,7 +15,7 @@ from hyperscale.data.loader import prompt_batches, scoring_batches
 from hyperscale.data.tokenization import Encoded, TaskTokenizer
 from hyperscale.engine.collective import Collective
 from hyperscale.model.adapted import AdaptedModel
-from hyperscale.model.decoding import greedy_decode, row_log_likelihoods
+from hyperscale.model.decoding import answer_log_likelihoods, greedy_decode
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,16 @@ class Answerer:
             self.say("scoring labels", number, len(batches))
             batch = scoring.batch
             with self._adapted(batch.task_index, adapted):
-                likelihoods = row_log_likelihoods(
+                likelihoods = answer_log_likelihoods(
                     self.model,
                     batch.input_ids.to(self.device),
                     batch.attention_mask.to(self.device),
                     batch.labels.to(self.device),
+                    scoring.endings.to(self.device),
                 )
-            for row, candidate, value in zip(scoring.rows, scoring.candidates, likelihoods.tolist(), strict=True):
+            for row, candidates, values in zip(scoring.rows, scoring.candidates, likelihoods.tolist(), strict=True):
                 if row >= 0:
-                    mine.setdefault(row, []).append((value, candidate))
+                    mine.setdefault(row, []).extend(zip(values, candidates, strict=False))
         everyone = self.collective.gather(mine)
         likely = [max(pair for ranks in everyone for pair in ranks.get(row, [])) for row in range(len(questions))]
         return [question.candidates[candidate] for question, (_, candidate) in zip(questions, likely, strict=True)]
