@@ -151,6 +151,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
     )
     compare.add_argument("--dry-run", action="store_true", help="check every recipe and count the runs, no more")
+    compare.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="METHOD",
+        help="train this method and write no table, as one of several machines does; may be repeated",
+    )
 
     predict = verb("predict", _predict, "answer the rows of a file with exported bundles")
     predict.add_argument(
@@ -302,15 +309,21 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from hyperscale.config.comparison import load_comparison
-    from hyperscale.launch.compare import check_comparison, run_comparison
+    from hyperscale.launch.compare import check_comparison, only_methods, run_comparison
     from hyperscale.launch.comparison_table import publish
 
     comparison = load_comparison(options.comparison)
+    if options.only:
+        comparison = only_methods(comparison, options.only)
     if options.dry_run:
         runs = check_comparison(comparison)
         print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
         return 0
-    print(publish(run_comparison(comparison, _recipe_runner(options.launcher))), end="")
+    outcome = run_comparison(comparison, _recipe_runner(options.launcher))
+    if options.only:
+        print(f"trained: {', '.join(comparison.methods)}; the same command without --only writes the table")
+        return 0
+    print(publish(outcome), end="")
     return 0
 
 

@@ -78,8 +78,16 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
     assert dry.out == f"valid: 3 methods, {RUNS} runs in {place}/results\n"
     assert not (place / "results").exists()
 
+    part = run(capsys, "compare", file, "--launcher", "local", "--only", "alone")
+    assert part.code == 0, part.err
+    assert part.out == "trained: alone; the same command without --only writes the table\n"
+    assert {folder.name.split("_")[0] for folder in (place / "results/runs").iterdir()} == {"alone"}
+    assert not (place / "results/comparison.md").exists()
+    of_part = {folder: (folder / "result.json").stat().st_mtime_ns for folder in (place / "results/runs").iterdir()}
+
     compared = run(capsys, "compare", file, "--launcher", "local")
     assert compared.code == 0, compared.err
+    assert {folder: (folder / "result.json").stat().st_mtime_ns for folder in of_part} == of_part
     assert compared.out == (place / "results/comparison.md").read_text()
     folders = sorted((place / "results/runs").iterdir())
     assert len(folders) == RUNS
@@ -164,8 +172,16 @@ def test_a_wrong_comparison(
     assert not (place / "results").exists()
 
 
+def test_only_a_method_that_there_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = run(capsys, "compare", place / "comparison.yaml", "--only", "shard")
+    assert refused.code == 2
+    assert "--only shard is none of the methods hypernetwork, shared, alone. Did you mean 'shared'?" in refused.err
+
+
 def test_rates_and_seeds_are_all_that_differs(place: Path) -> None:
     comparison = load_comparison(place / "comparison.yaml")
+    searched = make_trial(comparison, "shared", 0.01, comparison.search_seed).recipes[0]
+    assert not searched.training.evaluate_test, "nothing is chosen by the test rows"
     one, other = (make_trial(comparison, "shared", 0.01, seed).recipes[0] for seed in (1, 2))
     assert one.model_copy(update={"seed": 2, "name": other.name, "output": other.output}) == other
     assert one.training.evaluate_test

@@ -75,5 +75,5 @@ def load_comparison(path: Path) -> Comparison:
     folder = path.absolute().parent
     beside = folder / comparison.recipe
     recipe = str(beside) if beside.is_file() else comparison.recipe
-    output = str(folder / Path(comparison.output).expanduser())
+    output = str((folder / Path(comparison.output).expanduser()).resolve())
     return comparison.model_copy(update={"recipe": recipe, "output": output})

@@ -13,7 +13,7 @@ from hyperscale.config.comparison import Comparison, Method
 from hyperscale.config.loading import dump_recipe, load_recipe, parse_recipe, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.config.yaml_file import read_mapping
-from hyperscale.errors import ConfigError, HyperscaleError, RunFolderError
+from hyperscale.errors import ConfigError, HyperscaleError, RunFolderError, nearest
 from hyperscale.launch.context import RESULT, RunResult, read_result
 from hyperscale.logger import get_logger
 from hyperscale.tracking.metrics import main_score
@@ -60,6 +60,20 @@ class Outcome:
     """method -> its trials with the search seed; empty where there is one learning rate."""
     final: Mapping[str, Sequence[FinishedTrial]]
     """method -> its trials at the chosen learning rate, one per seed, in their order."""
+
+
+def only_methods(comparison: Comparison, names: Sequence[str]) -> Comparison:
+    """Return the part of a comparison that one of several machines with a common folder is to train.
+
+    Raises:
+        ConfigError: a name that is none of the methods.
+    """
+    for name in names:
+        if name not in comparison.methods:
+            hint = nearest(name, comparison.methods)
+            raise ConfigError(f"--only {name} is none of the methods {', '.join(comparison.methods)}.{hint}")
+    chosen = {name: method for name, method in comparison.methods.items() if name in names}
+    return comparison.model_copy(update={"methods": chosen})
 
 
 def check_comparison(comparison: Comparison) -> int:
@@ -116,7 +130,7 @@ def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: 
         "name": name,
         "output": str(Path(comparison.output) / "runs" / name),
         "training.evaluate_untouched": False,
-        "training.evaluate_test": comparison.split == "test",
+        "training.evaluate_test": comparison.split == "test" and seed in comparison.seeds,
         "export.enabled": False,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
