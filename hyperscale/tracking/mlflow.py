@@ -3,11 +3,13 @@
 Set-up may fail and says how to mend it; after that nothing raises and nothing waits: all calls go through an `Outbox`.
 """
 
+import fcntl
 import getpass
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,10 +135,9 @@ def open_run(settings: MlflowSettings, default_root: str, run_key: str, name: st
     """Find the run by its id or its key, or create it. `ConfigError` says what to do if MLflow cannot be used."""
     uri = tracking_uri(settings, default_root)
     with clear_errors(uri):
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(tracking_uri=uri)
-        experiment = _experiment(client, settings.experiment, uri)
+        with _first_in(uri):
+            client = MlflowClient(tracking_uri=uri)
+            experiment = _experiment(client, settings.experiment, uri)
         found = _find_run(client, experiment, run_key, run_id)
         if found is None:
             tags = {_KEY_TAG: run_key, **_user(), **settings.tags}
@@ -275,6 +276,23 @@ def record_comparison(
             client.set_terminated(run_id, "FINISHED")
     except ConfigError as error:
         _log.warning("MLflow could not be told of the comparison. %s", error)
+
+
+@contextmanager
+def _first_in(uri: str) -> Iterator[None]:
+    """Let one process at a time create a database file: MLflow writes its tables in many steps and locks nothing."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> str:
