@@ -103,6 +103,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "-accumulated": ACCUMULATED,
         "-checkpointed": AT_ONCE | CHECKPOINTED,
         "-accumulated-checkpointed": ACCUMULATED | CHECKPOINTED,
+        "-site-by-site": ACCUMULATED | {"engine": {"activation_checkpointing": True, "generated_budget": "0B"}},
         "-resident": AT_ONCE | {"engine": {"resident": "all"}},
     }.items()
 } | {

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from hyperscale.config.section import Section
 from hyperscale.config.sizes import parse_size
@@ -22,17 +22,21 @@ class EngineSettings(Section):
     or an amount of memory such as `500MiB` or `2GiB`, filled block by block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    generated_budget: str = "4GiB"
+    """The most that the generated weights of a step may take, with gradients and copies, on a rank whose blocks are
+    recomputed anyway. Above it every site of a hypernetwork makes its own inside its block, twice a pass."""
     communication_timeout_minutes: float = Field(default=30.0, gt=0)
 
-    @field_validator("resident")
+    @field_validator("resident", "generated_budget")
     @classmethod
-    def _is_word_or_size(cls, value: str) -> str:
-        if value not in RESIDENT_WORDS:
+    def _is_word_or_size(cls, value: str, info: ValidationInfo) -> str:
+        words = RESIDENT_WORDS if info.field_name == "resident" else ()
+        if value not in words:
             try:
                 parse_size(value)
             except ValueError as error:
+                allowed = f"one of {', '.join(words)}, or an" if words else "an"
                 raise ValueError(
-                    f"'{value}' is not allowed: must be one of {', '.join(RESIDENT_WORDS)}, or an amount of memory "
-                    "such as 500MiB or 2GiB"
+                    f"'{value}' is not allowed: must be {allowed} amount of memory such as 500MiB or 2GiB"
                 ) from error
         return value

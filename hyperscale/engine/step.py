@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from hyperscale.engine.base import StepResult
 from hyperscale.engine.collective import Collective
 from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
-from hyperscale.model.weights import Weights, as_leaves, backward
 
 _BUCKET_NUMEL = 32 * 1024 * 1024
 """Elements of one gradient all-reduce: 128 MiB of fp32, beyond which larger messages gain nothing."""
@@ -43,26 +42,26 @@ class TrainingStep:
     def run(self, batches: Sequence[Batch], step: int) -> StepResult:
         """Run this rank's micro-batches and update the generator; every rank must call this."""
         tasks = torch.unique(torch.cat([batch.task_index for batch in batches]))
-        made = self.model.generate(tasks.to(self.device))
-        leaves = as_leaves(made)
+        generation = self.model.generation(tasks.to(self.device))
         totals = _Totals.zeros(self.num_tasks, self.device)
         for number, batch in enumerate(batches):
             torch.manual_seed(_mixed_seed(self.seed, step, number, self.collective.rank))
-            self._run_batch(batch, torch.searchsorted(tasks, batch.task_index), leaves, totals)
-        backward(made, leaves)
+            slots = torch.searchsorted(tasks, batch.task_index).to(self.device)
+            self._run_batch(batch, self.model.training(generation, slots, len(tasks)), totals)
+        generation.backward()
         self._reduce(totals)
         learning_rate, grad_norm = self.optimizer.step(step)
         return totals.result(self.settings.loss, learning_rate, grad_norm)
 
-    def _run_batch(self, batch: Batch, slots: Tensor, leaves: Weights, totals: "_Totals") -> None:
-        """Add one micro-batch's gradients to `leaves` and its losses to `totals`."""
+    def _run_batch(self, batch: Batch, adapted: AbstractContextManager[None], totals: "_Totals") -> None:
+        """Leave one micro-batch's gradients where it takes its weights from, and add its losses to `totals`."""
         positions, targets, samples = label_positions(batch.labels, self.model.architecture.is_encoder_decoder)
         if self.settings.loss == "sample_mean":
             weights = 1.0 / torch.bincount(samples, minlength=len(batch.labels))[samples].float()
         else:
             weights = torch.ones(len(targets))
         token_tasks = batch.task_index[samples].to(self.device)
-        with self.model.adapted(leaves, slots.to(self.device)):
+        with adapted:
             logits = self.model.label_logits(
                 batch.input_ids.to(self.device),
                 batch.attention_mask.to(self.device),

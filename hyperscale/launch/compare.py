@@ -185,7 +185,7 @@ def _refuse_another_recipe(recipe: Recipe, folder: Path) -> None:
     earlier = folder / "recipe.yaml"
     if not earlier.is_file():
         return
-    was = flatten(read_mapping(earlier, "a recipe", ConfigError))
+    was = flatten(dump_recipe(parse_recipe(read_mapping(earlier, "a recipe", ConfigError), str(earlier))))
     now = flatten(dump_recipe(recipe))
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
     if changed:

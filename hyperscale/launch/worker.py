@@ -39,6 +39,7 @@ from hyperscale.model.generators.generator import keep_known_tasks
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.sites import find_sites
+from hyperscale.planning.generated import generates_site_by_site
 from hyperscale.planning.parts import find_parts
 from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.progress import ProgressSender
@@ -173,7 +174,9 @@ def build_engine(
         if deepspeed_engine is not None:
             deepspeed_engine.optimizer.partition_all_parameters()
     generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed, features).to(device)
-    model = AdaptedModel(backbone, generator, Injection(backbone, site_map, kinds), site_map, folder.architecture)
+    injection = Injection(backbone, site_map, kinds)
+    by_site = generates_site_by_site(recipe, site_map, kinds)
+    model = AdaptedModel(backbone, generator, injection, site_map, folder.architecture, by_site)
     start = recipe.start
     fixed = keep_known_tasks(generator, start.known_tasks) if start and start.train == "new_tasks" else {}
     optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps, fixed)

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperscale.model.architectures import Architecture
+from hyperscale.model.generation import AtOnce, Generation, taken_apart
+from hyperscale.model.generators.generator import Generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.losses import CrossEntropy
 from hyperscale.model.sites import SiteMap
@@ -24,12 +27,15 @@ class AdaptedModel:
         injection: Injection,
         site_map: SiteMap,
         architecture: Architecture,
+        site_by_site: bool = False,
     ) -> None:
+        """`site_by_site`: generate inside the blocks, where all weights at once would be too large."""
         self.backbone = backbone
         self.generator = generator
         self.injection = injection
         self.site_map = site_map
         self.architecture = architecture
+        self.site_by_site = site_by_site
         self.dtype: torch.dtype = next(backbone.parameters()).dtype
         self._positions: Tensor | None = None
         head = backbone.get_output_embeddings()  # type: ignore[operator]
@@ -40,9 +46,25 @@ class AdaptedModel:
         weights: Weights = self.generator(tasks)
         return weights
 
+    def generation(self, tasks: Tensor) -> Generation:
+        """Return the weights of K tasks for the micro-batches of a step, see `training`."""
+        generator: Generator = self.generator  # type: ignore[assignment]
+        return generator.site_by_site(tasks) if self.site_by_site else AtOnce(generator(tasks))
+
+    def training(self, generation: Generation, slots: Tensor, num_tasks: int) -> AbstractContextManager[None]:
+        """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the tasks of `generation`."""
+        return self.injection.active(generation.source(self.dtype), None if num_tasks == 1 else slots)
+
+    def answering(self, tasks: Tensor, slots: Tensor) -> AbstractContextManager[None]:
+        """Adapt forwards inside the `with`, without gradients; all weights are made once and kept for them."""
+        with torch.no_grad():
+            source = cache(self.generation(tasks).source(self.dtype))
+        return self.injection.active(source, None if len(tasks) == 1 else slots)
+
     def adapted(self, weights: Weights, slots: Tensor) -> AbstractContextManager[None]:
         """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the K tasks of `weights`."""
-        return self.injection.active(cast(weights, self.dtype), slots)
+        num_tasks = len(next(iter(next(iter(weights.values())).values())))
+        return self.injection.active(taken_apart(cast(weights, self.dtype)), None if num_tasks == 1 else slots)
 
     def label_logits(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Return logits [N, V] at the N label positions only; the rest of the vocabulary product is never computed.

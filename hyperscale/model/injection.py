@@ -13,16 +13,13 @@ from hyperscale.model import hooks
 from hyperscale.model.adapters.kinds import AdapterKind, Place
 from hyperscale.model.adapters.prefix import Prefix
 from hyperscale.model.architectures import Architecture, architecture_of
+from hyperscale.model.generation import Source
 from hyperscale.model.sites import SiteMap
-from hyperscale.model.weights import Weights
-
-SiteWeights = Mapping[str, Mapping[str, Sequence[Tensor]]]
-"""For every group its named tensors, one [K, …] a site."""
 
 
 @dataclass(frozen=True)
 class _Active:
-    weights: SiteWeights
+    source: Source
     slots: Tensor | None
     """[B] index into the weights' task dimension, or None where all samples are of the one task in it."""
 
@@ -61,16 +58,15 @@ class Injection:
             self._handles.append(hooks.before_rotary(rotary, lambda: lengths[0] if self._active else 0))
 
     @contextmanager
-    def active(self, weights: Weights, slots: Tensor) -> Iterator[None]:
+    def active(self, source: Source, slots: Tensor | None) -> Iterator[None]:
         """Adapt forwards inside the `with`, and backwards too, since activation checkpointing runs blocks again there.
 
         Args:
-            weights: in the backbone's dtype, K tasks.
-            slots: [B] int64, which of the K tasks each sample is of.
+            source: of the weights of K tasks.
+            slots: [B] int64, which of the K tasks each sample is of; None where there is one.
         """
-        num_tasks = next(iter(next(iter(weights.values())).values())).shape[0]
         before = self._active
-        self._active = _Active(_by_site(weights), None if num_tasks == 1 else slots)
+        self._active = _Active(source, slots)
         try:
             yield
         finally:
@@ -110,22 +106,13 @@ def _hook(way: str, layer: nn.Module, acting: hooks.Acting, architecture: Archit
             return hooks.inside_attention(layer, acting, architecture.mask_argument)
 
 
-def _by_site(weights: Weights) -> SiteWeights:
-    """Cut the tensors into their sites', all at once.
-
-    The backward pass then puts the sites' gradients together in one copy. Were each site to take its slice by itself,
-    each would add a gradient of the size of all of them: a quarter of the step at 60 sites.
-    """
-    return {key: {name: tensor.unbind(1) for name, tensor in group.items()} for key, group in weights.items()}
-
-
 def _select(active: _Active, place: _Place) -> Mapping[str, Tensor]:
     """Return the site's weights: the one task's, or each sample's own [B, …].
 
     These copies are what `bmm` keeps for the backward pass, at most B tasks' weights. Measured against them on CPUs:
     one product over all K tasks with the others masked is slower in fp32, one product a task slower in both dtypes.
     """
-    group = {name: tensors[place.index] for name, tensors in active.weights[place.group].items()}
+    group = active.source(place.group, place.index)
     if active.slots is None:
         return {name: tensor[0] for name, tensor in group.items()}
     return {name: tensor.index_select(0, active.slots) for name, tensor in group.items()}

@@ -9,6 +9,7 @@ from hyperscale.config.sizes import parse_size
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.backbone import DTYPES, BackboneFolder
 from hyperscale.model.generators.generator import num_parameters
+from hyperscale.planning.generated import tasks_of_a_step
 from hyperscale.planning.parts import Part, choose_resident, find_parts
 from hyperscale.planning.trace import StepShape, Trace, build_meta_model, trace_step
 
@@ -81,10 +82,8 @@ class MemoryPlan:
 
 def step_shape(recipe: Recipe) -> StepShape:
     """Return the largest micro-batch of a recipe: every row as long as `data` allows, as many tasks as can meet."""
-    training, data = recipe.training, recipe.data
-    per_rank = training.batch_size // recipe.cluster.workers
-    tasks = min(len(data.tasks), per_rank) if data.mixed_tasks else 1
-    return StepShape(training.micro_batch_size, data.max_source_tokens, data.max_target_tokens, tasks)
+    data, rows = recipe.data, recipe.training.micro_batch_size
+    return StepShape(rows, data.max_source_tokens, data.max_target_tokens, tasks_of_a_step(recipe))
 
 
 def describe_run(recipe: Recipe, folder: BackboneFolder, shape: StepShape | None = None) -> Workload:

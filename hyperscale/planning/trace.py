@@ -26,7 +26,7 @@ from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.sites import find_sites
 from hyperscale.model.task_encoders.registry import blank_features
-from hyperscale.model.weights import as_leaves, backward, tensors_of
+from hyperscale.planning.generated import generates_site_by_site
 
 SMALL_BYTES = 1024 * 1024
 """Tensors below this share glibc's heap on CPUs (engine/host_memory.py); larger ones are mapped one by one."""
@@ -50,7 +50,8 @@ class Trace:
     """Bytes of a forward and backward pass on one rank, besides parameters and what is gathered of them."""
 
     generated: int
-    """Generated weights of the step's tasks: fp32, their fp32 gradients, and the copy in the backbone's dtype."""
+    """Generated weights of the step's tasks: fp32, their fp32 gradients, and the copy in the backbone's dtype. Where
+    every site makes its own: the codes and their gradients."""
     kept: int
     """Activations that wait for the backward pass when the last block is done."""
     loss: int
@@ -74,31 +75,30 @@ def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
         features = blank_features(recipe.adaptation, num_tasks, folder.config.hidden_size)
         generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed, features)
     injection = Injection(backbone, site_map, kinds)
-    return AdaptedModel(backbone, generator.to("meta"), injection, site_map, folder.architecture)
+    by_site = generates_site_by_site(recipe, site_map, kinds)
+    return AdaptedModel(backbone, generator.to("meta"), injection, site_map, folder.architecture, by_site)
 
 
 def trace_step(model: AdaptedModel, shape: StepShape) -> Trace:
     """Run one micro-batch forward and backward and note what is alive when."""
     ledger = _Ledger([*model.backbone.parameters(), *model.backbone.buffers(), *model.generator.parameters()])
     with _fused_attention_on_meta(), ledger:
-        made = model.generate(torch.arange(shape.tasks, device="meta"))
-        leaves = as_leaves(made)
-        generated = sum(tensor.nbytes for tensor in tensors_of(made))
+        generation = model.generation(torch.arange(shape.tasks, device="meta"))
         before = ledger.live
         inputs, num_labels = _inputs(model, shape)
-        with model.adapted(leaves, torch.zeros(shape.rows, dtype=torch.int64, device="meta")), _watched(model, ledger):
+        slots = torch.zeros(shape.rows, dtype=torch.int64, device="meta")
+        with model.training(generation, slots, shape.tasks), _watched(model, ledger):
             logits = model.label_logits(**inputs)
             targets = torch.zeros(num_labels, dtype=torch.int64, device="meta")
             token_losses(logits, targets).sum().backward()
         del logits
-        backward(made, leaves)
-    itemsize = model.dtype.itemsize
-    copies = generated * (8 + itemsize) // 4
+        generation.backward()
+    generated = generation.held_bytes(model.dtype.itemsize)
     return Trace(
-        generated=copies,
+        generated=generated,
         kept=ledger.kept - before,
         loss=ledger.peaks["loss"] - ledger.kept,
-        blocks=max(0, ledger.peaks["blocks"] - ledger.kept - (copies - generated)),
+        blocks=max(0, ledger.peaks["blocks"] - ledger.kept - (generated - generation.nbytes)),
         small=ledger.most_small,
     )
 

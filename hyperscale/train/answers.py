@@ -105,7 +105,7 @@ class Answerer:
         if not adapted:
             return nullcontext()
         tasks, slots = torch.unique(task_index, return_inverse=True)
-        return self.model.adapted(self.model.generate(tasks.to(self.device)), slots.to(self.device))
+        return self.model.answering(tasks.to(self.device), slots.to(self.device))
 
     def _share(self) -> tuple[int, int, int, bool]:
         return (

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.model.adapters.kinds import AdapterKind, TensorSpec
+from hyperscale.model.generation import Generation
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -20,6 +21,13 @@ class Generator(Protocol):
 
     def __call__(self, task_index: Tensor) -> Weights:
         """Return fp32 weights of all sites for K task ids, int64 [K], in one batched call."""
+        ...
+
+    def site_by_site(self, task_index: Tensor) -> Generation:
+        """Return the same weights for a step that cannot hold them all at once.
+
+        Generators whose parameters are larger than what they make have nothing to save, and make them at once.
+        """
         ...
 
     def task_parameters(self) -> tuple[str, ...]:

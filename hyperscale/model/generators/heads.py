@@ -59,6 +59,7 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         self._parts: dict[str, list[_Part]] = {}
+        self._keys: dict[tuple[str, int], Mapping[str, str]] = {}
         self.heads = nn.ModuleDict()
         for number, (group, sites) in enumerate(site_map.groups.items()):
             positions = [site.position if by == "position" else "" for site in sites]
@@ -73,6 +74,7 @@ class Heads(nn.Module):
                     if keys[name] not in self.heads:
                         self.heads[keys[name]] = Head(code_dim, spec)
                 self._parts[group].append(_Part(slice(len(places), len(places) + len(here)), keys))
+                self._keys |= {(group, place): keys for place in here}
                 places += here
             # sites come in map order, heads want them by position: there and back
             self.register_buffer(f"_order_{number}", site_rows(places), persistent=False)
@@ -90,6 +92,10 @@ class Heads(nn.Module):
             for name in parts[0].keys
         }
         return {name: tensor.index_select(1, self.get_buffer(f"_back_{number}")) for name, tensor in made.items()}
+
+    def site(self, group: str, index: int, codes: Tensor) -> Mapping[str, Tensor]:
+        """Return the tensors [K, …] of one site from its codes [K, E]."""
+        return {name: self.heads[key](codes) for name, key in self._keys[group, index].items()}
 
 
 class _Part:

@@ -3,12 +3,14 @@
 HyperFormer++ (arXiv 2106.04489) for bottlenecks; HyperLoader (arXiv 2407.01411) for LoRA.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hyperscale.config.adaptation import HypernetworkSettings
+from hyperscale.model.generation import Generation, SiteBySite
 from hyperscale.model.generators.generator import GroupSpecs
 from hyperscale.model.generators.heads import Heads, site_rows
 from hyperscale.model.generators.starts import start_trunk
@@ -76,10 +78,11 @@ class StackGenerator(nn.Module):
         self.trunk = Trunk(settings, task_dim, layers, numbers, len(ids))
         self.heads = Heads(settings.code_dim, site_map, specs, settings.heads)
         rows = {site: row for row, site in enumerate(site_map.sites)}
+        self._rows_of = {group: [rows[site] for site in sites] for group, sites in site_map.groups.items()}
         self._buffers_of: dict[str, str] = {}
-        for number, (group, sites) in enumerate(site_map.groups.items()):
+        for number, (group, of_group) in enumerate(self._rows_of.items()):
             self._buffers_of[group] = f"_rows_{number}"
-            self.register_buffer(f"_rows_{number}", site_rows([rows[site] for site in sites]), persistent=False)
+            self.register_buffer(f"_rows_{number}", site_rows(of_group), persistent=False)
 
     def forward(self, task_codes: Tensor) -> Weights:
         """Return the weights of this generator's groups for task codes [K, E]."""
@@ -88,6 +91,10 @@ class StackGenerator(nn.Module):
             group: self.heads(group, codes.index_select(1, self.get_buffer(buffer)))
             for group, buffer in self._buffers_of.items()
         }
+
+    def site(self, group: str, index: int, codes: Tensor) -> Mapping[str, Tensor]:
+        """Return the tensors [K, …] of one site from the codes [K, S, E'] of all."""
+        return self.heads.site(group, index, codes[:, self._rows_of[group][index]])
 
 
 class Hypernetwork(nn.Module):
@@ -110,6 +117,7 @@ class Hypernetwork(nn.Module):
                 for name, part in parts.items()
             }
         )
+        self._stack_of = {group: name for name, part in parts.items() for group in part.groups}
         if init == "paper":
             for stack in self.stacks.values():
                 start_trunk(stack.get_submodule("trunk"))
@@ -121,6 +129,18 @@ class Hypernetwork(nn.Module):
         for generator in self.stacks.values():
             weights.update(generator(task_codes))
         return weights
+
+    def site_by_site(self, task_index: Tensor) -> Generation:
+        """Return a generation that runs the trunks once and the heads at every site."""
+        task_codes = self.task_encoder(task_index)
+        codes = {name: stack.get_submodule("trunk")(task_codes) for name, stack in self.stacks.items()}
+        return SiteBySite(codes, self._site)
+
+    def _site(self, group: str, index: int, codes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        name = self._stack_of[group]
+        stack: Any = self.stacks[name]
+        made: Mapping[str, Tensor] = stack.site(group, index, codes[name])
+        return made
 
     def task_parameters(self) -> tuple[str, ...]:
         """Return the name of what the task encoder keeps of each task."""

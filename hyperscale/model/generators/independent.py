@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyperscale.model.generation import AtOnce, Beside, Generation
 from hyperscale.model.generators.generator import GroupSpecs
 from hyperscale.model.generators.starts import start_stored
 from hyperscale.model.sites import SiteMap
@@ -48,6 +49,10 @@ class Independent(nn.Module):
         """Return the weights of task ids [K]."""
         return self.table.rows(task_index)
 
+    def site_by_site(self, task_index: Tensor) -> Generation:
+        """Return copies of rows, no larger than what is stored."""
+        return AtOnce(self(task_index))
+
     def task_parameters(self) -> tuple[str, ...]:
         """Return all names: every parameter holds a row for each task."""
         return tuple(name for name, _ in self.named_parameters())
@@ -63,6 +68,10 @@ class Shared(nn.Module):
     def forward(self, task_index: Tensor) -> Weights:
         """Return the one set of weights, [K, S, …] for K task ids."""
         return self.table.rows(torch.zeros_like(task_index))
+
+    def site_by_site(self, task_index: Tensor) -> Generation:
+        """Return copies of what is stored."""
+        return AtOnce(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
         """Return nothing: no parameter belongs to one task."""
@@ -83,6 +92,11 @@ class Together(nn.Module):
         generated: Weights = {} if self.generated is None else self.generated(task_index)
         kept: Weights = self.kept(task_index)
         return {**generated, **kept}
+
+    def site_by_site(self, task_index: Tensor) -> Generation:
+        """Return what is generated site by site, and beside it what is kept."""
+        kept: Weights = self.kept(task_index)
+        return AtOnce(kept) if self.generated is None else Beside(self.generated.site_by_site(task_index), kept)
 
     @property
     def task_encoder(self) -> nn.Module | None:

@@ -1,0 +1,151 @@
+"""Weights made at every site inside the recomputed blocks, against all of them made at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyperscale.config.adaptation import AdapterSettings, BottleneckSettings, LoraSettings, NormDeltaSettings
+from hyperscale.config.run import Recipe
+from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
+from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.backbone import open_backbone, set_activation_checkpointing
+from hyperscale.model.generation import AtOnce
+from hyperscale.model.weights import tensors_of
+from hyperscale.planning.generated import generated_bytes, generates_site_by_site
+from hyperscale.planning.memory import describe_run
+from tests import tiny
+from tests.runs import make_recipe, write_tasks
+
+KINDS: tuple[AdapterSettings, ...] = (
+    BottleneckSettings(reduction=8, layer_norm=True),
+    LoraSettings(rank=2, alpha=4.0, targets=("q", "v", "o")),
+)
+ROWS = (slice(0, 2), slice(2, 4), slice(4, 6))
+SLOTS = torch.tensor([2, 0, 1, 0, 2, 1])
+
+
+@pytest.fixture(params=["llama", "t5"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_folder")
+
+
+def build(folder: Path, generator: dict[str, Any], kinds: tuple[AdapterSettings, ...] = KINDS) -> AdaptedModel:
+    adapted = tiny.adapted_model(folder, {"adapters": kinds, "generator": generator}, num_tasks=3)
+    adapted.backbone.double()
+    adapted.generator.double()
+    adapted.dtype = torch.float64
+    tiny.disturb(adapted.generator)
+    set_activation_checkpointing(adapted.backbone)
+    return adapted
+
+
+def batch_of(adapted: AdaptedModel, rows: slice) -> tuple[Tensor, ...]:
+    ids = torch.randint(3, 300, (6, 9), generator=torch.Generator().manual_seed(0))[rows]
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    positions, targets, _ = label_positions(labels, adapted.architecture.is_encoder_decoder)
+    return ids, mask, labels, positions, targets
+
+
+def gradients(adapted: AdaptedModel) -> dict[str, Tensor]:
+    """Return the gradients that three micro-batches leave behind."""
+    adapted.generator.zero_grad()
+    generation = adapted.generation(torch.arange(3))
+    for rows in ROWS:
+        ids, mask, labels, positions, targets = batch_of(adapted, rows)
+        with adapted.training(generation, SLOTS[rows], 3):
+            token_losses(adapted.label_logits(ids, mask, labels, positions), targets).sum().backward()
+    generation.backward()
+    return {name: one.grad for name, one in adapted.generator.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [
+        {"kind": "hypernetwork"},
+        {"kind": "hypernetwork", "heads": "position"},
+        {"kind": "hypernetwork", "stacks": "joint"},
+    ],
+    ids=["shape", "position", "joint"],
+)
+@pytest.mark.parametrize("norms", [False, True])
+def test_both_ways_give_equal_gradients(folder: Path, generator: dict[str, Any], norms: bool):
+    adapted = build(folder, generator, (*KINDS, NormDeltaSettings()) if norms else KINDS)
+    at_once = gradients(adapted)
+    assert set(at_once) == {name for name, _ in adapted.generator.named_parameters()}
+    adapted.site_by_site = True
+    assert not isinstance(adapted.generation(torch.arange(3)), AtOnce)
+    by_site = gradients(adapted)
+    assert set(by_site) == set(at_once)
+    for name, gradient in at_once.items():
+        torch.testing.assert_close(by_site[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["independent", "shared", "per_layer"])
+def test_generators_that_keep_more_than_they_make_do_it_at_once(folder: Path, kind: str):
+    adapted = build(folder, {"kind": kind})
+    generation = adapted.generator.site_by_site(torch.tensor([2, 0]))
+    assert isinstance(generation, AtOnce)
+    for one, other in zip(tensors_of(generation.made), tensors_of(adapted.generate(torch.tensor([2, 0]))), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_answers_are_the_same(folder: Path):
+    adapted = build(folder, {"kind": "hypernetwork"})
+    ids, mask, labels, positions, _ = batch_of(adapted, slice(0, 6))
+    found = []
+    for adapted.site_by_site in (False, True):
+        with torch.no_grad(), adapted.answering(torch.arange(3), SLOTS):
+            found.append(adapted.label_logits(ids, mask, labels, positions))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_one_task_needs_no_copies_for_its_samples(folder: Path):
+    adapted = build(folder, {"kind": "hypernetwork"})
+    ids, mask, labels, positions, _ = batch_of(adapted, slice(0, 2))
+    task, slots = torch.tensor([1]), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        with adapted.adapted(adapted.generate(task), slots):
+            expected = adapted.label_logits(ids, mask, labels, positions)
+        adapted.site_by_site = True
+        with adapted.training(adapted.generation(task), slots, 1):
+            found = adapted.label_logits(ids, mask, labels, positions)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def recipe_of(folder: Path, tasks: list[str], **engine: object) -> Recipe:
+    return make_recipe(
+        folder,
+        tasks,
+        folder / "never",
+        adaptation={"adapters": [{"kind": "lora", "rank": 4, "targets": ["q", "v", "o"]}]},
+        engine={"kind": "local", "activation_checkpointing": True} | engine,
+    )
+
+
+def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
+    tasks = write_tasks(tmp_path)
+    roomy = recipe_of(folder, tasks)
+    adapted = tiny.adapted_model(folder, roomy.adaptation.model_dump(), num_tasks=len(tasks))
+    kinds = build_kinds(roomy.adaptation.adapters)
+    made = adapted.generate(torch.arange(len(tasks)))
+    size = generated_bytes(adapted.site_map, kinds, len(tasks), 4)
+    assert size == AtOnce(made).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(made))
+    for budget, by_site in ((f"{size}B", False), (f"{size - 1}B", True)):
+        assert (
+            generates_site_by_site(recipe_of(folder, tasks, generated_budget=budget), adapted.site_map, kinds)
+            is by_site
+        )
+    kept_anyway = recipe_of(folder, tasks, generated_budget="0B", activation_checkpointing=False)
+    assert not generates_site_by_site(kept_anyway, adapted.site_map, kinds)
+
+    backbone = open_backbone(roomy.backbone)
+    whole, parts = (
+        describe_run(one, backbone).trace for one in (roomy, recipe_of(folder, tasks, generated_budget="0B"))
+    )
+    assert parts.generated < whole.generated / 3
+    assert parts.kept <= whole.kept
