@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hyperscale.tracking.provenance import package_versions
 
@@ -30,3 +30,16 @@ def write_report(name: str, results: Mapping[str, Any]) -> None:
         path = Path(folder) / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**results, **provenance()}, indent=2) + "\n", encoding="utf-8")
+
+
+def resident_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
+    """Return this process's resident set, now or at its highest since `forget_peak`."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def forget_peak() -> None:
+    """Let the highest resident set begin anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import save_file
 
+from benchmarks.machine import forget_peak, resident_bytes
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.collective import TorchCollective
@@ -137,32 +138,25 @@ def measure(case: Case, backbone: Path) -> dict[str, Any]:
     """Run a case on this rank; returns bytes: predicted, measured peak, and what is held between steps."""
     recipe = recipe_of(case, backbone)
     gc.collect()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts here
+    before = resident_bytes("VmRSS")
+    forget_peak()
     folder = open_backbone(recipe.backbone)
     engine = build_engine(recipe, folder, TorchCollective(CPU), CPU, num_tasks=2)
     assert isinstance(engine, ZeroEngine)
-    loaded = _status("VmHWM") - before
+    loaded = resident_bytes("VmHWM") - before
     batch = longest_batch(folder.architecture.is_encoder_decoder)
     for step in range(STEPS):
         engine.train_step([batch], step)
     measured = {
-        "measured": _status("VmHWM") - before,
+        "measured": resident_bytes("VmHWM") - before,
         "loading": loaded,
-        "between_steps": _status("VmRSS") - before,
+        "between_steps": resident_bytes("VmRSS") - before,
         "held_backbone": engine.held_elements() * DTYPES[case.dtype].itemsize,
     }
     workload = describe_run(recipe, folder)
     plan = plan_memory(workload, read_sharding(recipe, RANKS), engine.resident, "cpu")
     offloaded = sum(plan.host.values())
     return measured | {"predicted": plan.total + offloaded, "moment": plan.moment, "items": dict(plan.items)}
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def run_rank(number: int, backbone: Path, output: Path) -> None:
