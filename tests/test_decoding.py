@@ -102,11 +102,30 @@ def test_greedy_decoding_is_transformers_own(model: AdaptedModel, weights: Weigh
     for row, end in zip(stopped, ends, strict=True):
         assert (row[end + 1 :] == stop_ids[0]).all()
 
+    # Rows that have stopped are dropped, but for one where all have and other ranks have not.
+    sizes: list[int] = []
+    head = model.backbone.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _head, args: sizes.append(len(args[0])))
+    most = max(ends) + 3
+    with model.adapted(weights, SLOTS):
+        waited = greedy_decode(
+            model, prompts.input_ids, prompts.attention_mask, most, free[:, 3].unique(), lambda _: True
+        )
+    handle.remove()
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1], len(sizes)) == (4, 1, most)
+    assert torch.equal(waited, reference_padded(model, weights, prompts, free[:, 3].unique(), most))
+
     # When the last row stops, nobody goes on.
     everyone = free[:, 3].unique()
     short = decode(model, weights, prompts, everyone)
     assert torch.equal(short, reference(model, weights, prompts, everyone))
     assert short.shape[1] == max(first_stop(row, everyone) for row in free) + 1 <= 4
+
+
+def reference_padded(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, width: int) -> Tensor:
+    found = reference(model, weights, batch, stop_ids, width)
+    return torch.nn.functional.pad(found, (0, width - found.shape[1]), value=int(stop_ids[0]))
 
 
 def first_stop(row: Tensor, stop_ids: Tensor) -> int:

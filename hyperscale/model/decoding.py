@@ -4,7 +4,7 @@ Under ZeRO-3 every rank must run the same number of forwards: `anyone` lets rank
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 
 Agree = Callable[[bool], bool]
 """Every rank's flag -> True on all of them if it is True on any."""
+
+_FINISHED_SHARE = 0.25
+"""Of the rows at work; beyond it they are dropped, which costs a copy of the others' cache, as every token does."""
 
 
 @torch.no_grad()
@@ -30,19 +33,47 @@ def greedy_decode(
     Returns:
         New tokens [B, M] with M <= max_new_tokens; after its stop token a row holds the stop token again.
     """
-    step = _Seq2SeqSteps if model.architecture.is_encoder_decoder else _CausalSteps
-    steps = step(model, input_ids, attention_mask)
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    tokens: list[Tensor] = []
-    for _ in range(max_new_tokens):
+    kind = _Seq2SeqSteps if model.architecture.is_encoder_decoder else _CausalSteps
+    steps: _Steps = kind(model, input_ids, attention_mask)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    finished = torch.zeros_like(rows, dtype=torch.bool)
+    answers = stop_ids[0].repeat(len(rows), max_new_tokens)
+    made = 0
+    while made < max_new_tokens:
         token = steps.next_logits().argmax(-1)
-        token = torch.where(finished, stop_ids[0], token)
+        answers[rows, made] = torch.where(finished, stop_ids[0], token)
         finished |= torch.isin(token, stop_ids)
-        tokens.append(token)
-        steps.append(token)
+        made += 1
         if not anyone(not bool(finished.all())):
             break
-    return torch.stack(tokens, dim=1)
+        if finished.float().mean() > _FINISHED_SHARE and len(rows) > 1:
+            going = _unfinished(finished)
+            rows, finished, token = rows[going], finished[going], token[going]
+            steps.keep(going)
+            model.injection.keep(going)
+        steps.append(token)
+    return answers[:, :made]
+
+
+def _unfinished(finished: Tensor) -> Tensor:
+    """Return the places of rows that go on; one where none does, since other ranks may wait for this one's forwards."""
+    return (~finished).nonzero().flatten() if not finished.all() else torch.zeros_like(finished, dtype=torch.int64)[:1]
+
+
+class _Steps(Protocol):
+    """Continues a batch token by token."""
+
+    def next_logits(self) -> Tensor:
+        """Return the logits [B, V] of what follows."""
+        ...
+
+    def append(self, token: Tensor) -> None:
+        """Take up each row's next token, [B]."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone."""
+        ...
 
 
 class _CausalSteps:
@@ -69,6 +100,10 @@ class _CausalSteps:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], dim=1)
         self._places = self._places[:, -1:] + 1
 
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._mask, self._places = self._mask[rows], self._places[rows]
+
 
 class _Seq2SeqSteps:
     def __init__(self, model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -93,6 +128,10 @@ class _Seq2SeqSteps:
 
     def append(self, token: Tensor) -> None:
         self._feed = token.unsqueeze(1)
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.batch_select_indices(rows)
+        self._encoded, self._mask = self._encoded[rows], self._mask[rows]
 
 
 @torch.no_grad()

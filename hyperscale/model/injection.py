@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,11 @@ class Injection:
             yield
         finally:
             self._active = before
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone, until the `with` of `active` ends; does nothing outside of it."""
+        if self._active and self._active.slots is not None:
+            self._active = replace(self._active, slots=self._active.slots[rows])
 
     def remove(self) -> None:
         """Take the hooks off the backbone."""
