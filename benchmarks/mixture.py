@@ -7,9 +7,11 @@ in every row, only their tasks differ. The rows take turns.
 import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.batches import batches_of, recipe_of
 from benchmarks.machine import write_report
@@ -39,6 +41,7 @@ def measure(dtype: str) -> dict[str, Any]:
         known: build_engine(recipe, folder, SingleProcess(), device, known)
         for known in {known for known, _ in ROWS.values()}
     }
+    gradients = [torch.ones_like(tensor) for tensor in tensors_of(engines[8].model.generate(torch.arange(8)))]
     steps = [batches[0] for batches in batches_of(recipe, 0, LEARNING + ROUNDS)]
     found: dict[str, Any] = {row: {"seconds": [], "processor": []} for row in ROWS}
     found["generation"] = {"seconds": [], "processor": []}
@@ -46,7 +49,7 @@ def measure(dtype: str) -> dict[str, Any]:
         for row, (known, mixed) in ROWS.items():
             of_tasks = with_tasks(batch, mixed)
             _timed(found[row], number, lambda: engines[known].train_step([of_tasks], number))  # noqa: B023 (called here)
-        _timed(found["generation"], number, lambda: generate(engines[8]))
+        _timed(found["generation"], number, lambda: generate(engines[8], gradients))
     found["difference"] = difference(engines[8], steps[0])
     return found
 
@@ -56,12 +59,12 @@ def with_tasks(batch: Batch, mixed: int) -> Batch:
     return dataclasses.replace(batch, task_index=torch.arange(len(batch.task_index)) % mixed)
 
 
-def generate(engine: Engine) -> None:
-    """Make the weights of eight tasks and send a gradient back: all that a step generates."""
+def generate(engine: Engine, gradients: Sequence[Tensor]) -> None:
+    """Make the weights of eight tasks and send gradients back: all that a step generates."""
     made = engine.model.generate(torch.arange(8))
     leaves = as_leaves(made)
-    for leaf in tensors_of(leaves):
-        leaf.grad = torch.ones_like(leaf)
+    for leaf, gradient in zip(tensors_of(leaves), gradients, strict=True):
+        leaf.grad = gradient
     backward(made, leaves)
     engine.model.generator.zero_grad()  # type: ignore[attr-defined]
 

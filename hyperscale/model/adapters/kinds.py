@@ -30,6 +30,10 @@ class TensorSpec:
     scale: float = 1.0
     """Constant factor on what is learned, applied by the generator, so that `apply` and exported files need none."""
 
+    def scaled(self, learned: Tensor) -> Tensor:
+        """Return what the adapter gets; a factor of 1 costs no pass over what may be gigabytes."""
+        return learned if self.scale == 1.0 else learned * self.scale
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)

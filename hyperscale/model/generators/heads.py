@@ -23,7 +23,7 @@ class Head(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return tensors [.., *shape] of codes [.., E]."""
-        flat: Tensor = self.linear(codes) * self._spec.scale
+        flat = self._spec.scaled(self.linear(codes))
         tensors: Tensor = flat.unflatten(-1, self._spec.shape)
         return tensors
 
@@ -44,7 +44,7 @@ class SiteHeads(nn.Module):
         flat = (codes @ self.weight.flatten(0, 1).T).unflatten(-1, self.weight.shape[:2])
         if self.bias is not None:
             flat = flat + self.bias
-        tensors: Tensor = (flat * self._spec.scale).unflatten(-1, self._spec.shape)
+        tensors: Tensor = self._spec.scaled(flat).unflatten(-1, self._spec.shape)
         return tensors
 
 

@@ -31,7 +31,7 @@ class WeightTable(nn.Module):
         """Return the weights [K, S, …] of rows [K]."""
         return {
             group: {
-                name: self.get_parameter(self._names[group, name]).index_select(0, index) * spec.scale
+                name: spec.scaled(self.get_parameter(self._names[group, name]).index_select(0, index))
                 for name, spec in specs.items()
             }
             for group, specs in self._specs.items()
