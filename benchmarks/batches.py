@@ -15,6 +15,11 @@ def recipe_of(dtype: str, ranks: int, *changes: str) -> Recipe:
     )
 
 
+def bucket(is_bucketed: bool) -> str:
+    """Return the change of the recipe that groups rows by length over eight steps, or not at all."""
+    return f"data.bucket_steps={8 if is_bucketed else 1}"
+
+
 def batches_of(recipe: Recipe, rank: int, steps: int) -> list[list[Batch]]:
     """Return a rank's micro-batches of the first steps."""
     from transformers import AutoTokenizer  # noqa: PLC0415 (after a peer has told transformers of DeepSpeed)

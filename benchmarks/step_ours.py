@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.batches import batches_of, recipe_of
+from benchmarks.batches import batches_of, bucket, recipe_of
 from benchmarks.step import LEARNING, RANKS, ROUNDS
 from benchmarks.turns import Turns
 from hyperscale.engine.base import Engine
@@ -28,20 +28,23 @@ ENGINES = {
     "local": (("engine.kind=local",), True),
 }
 GROUPS = {
-    # Engines of one process group: some change how its C library gives memory back (engine/host_memory.py).
-    "ours": ("none", "none, messages", "auto"),
-    "ours for speed": ("all", "local"),
-}
-ROWS = {
-    # row -> engine, all logits or only those of labels, bucketed by length
-    "none": ("none", True, False),
-    "auto": ("auto", True, False),
-    "all": ("all", True, False),
-    "unsharded": ("local", True, False),
-    "none, gathers as gloo messages": ("none, messages", True, False),
-    "none, logits of labels only": ("none", False, False),
-    "all, logits of labels only": ("all", False, False),
-    "none, logits of labels only, bucketed": ("none", False, True),
+    # Rows of one process group, since some engines change how its C library gives memory back (engine/host_memory.py):
+    # row -> engine, all logits or only those of labels, batches bucketed by length.
+    "ours": {
+        "none": ("none", True, False),
+        "none, gathers as gloo messages": ("none, messages", True, False),
+        "auto": ("auto", True, False),
+        "none, logits of labels only": ("none", False, False),
+    },
+    "ours for speed": {
+        "all": ("all", True, False),
+        "unsharded": ("local", True, False),
+        "all, logits of labels only": ("all", False, False),
+    },
+    "ours bucketed": {
+        "none, bucketed": ("none", True, True),
+        "none, bucketed, logits of labels only": ("none", False, True),
+    },
 }
 
 
@@ -59,24 +62,21 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, device = dist.get_rank(), torch.device("cpu")
     engines: dict[str, Engine] = {}
-    for name in here:
+    for name in dict.fromkeys(engine for engine, _, _ in here.values()):
         changes, is_shared = ENGINES[name]
         os.environ["HYPERSCALE_SHARED_SHARDS"] = str(int(is_shared))
         recipe = recipe_of(dtype, RANKS, *changes)
         engines[name] = build_engine(recipe, open_backbone(recipe.backbone), TorchCollective(device), device, 7)
     steps = LEARNING + ROUNDS
     batches = {
-        bucketed: batches_of(recipe_of(dtype, RANKS, f"data.bucket_steps={8 if bucketed else 1}"), rank, steps)
-        for bucketed in (False, True)
+        bucketed: batches_of(recipe_of(dtype, RANKS, bucket(bucketed)), rank, steps) for bucketed in (False, True)
     }
     turns = Turns(folder)
     for number in range(steps):
         if rank == 0:
             turns.wait(number)
         said = {}
-        for row, (name, is_full, bucketed) in ROWS.items():
-            if name not in here:
-                continue
+        for row, (name, is_full, bucketed) in here.items():
             model = engines[name].model
             model.label_logits = types.MethodType(all_logits if is_full else AdaptedModel.label_logits, model)  # type: ignore[method-assign]
             dist.barrier()

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.batches import batches_of, recipe_of
+from benchmarks.batches import batches_of, bucket, recipe_of
 from benchmarks.step import LEARNING, RANKS, ROUNDS
 from benchmarks.turns import Turns
 from hyperscale.data.collate import Batch
@@ -62,6 +62,7 @@ def deepspeed_config(peer: str) -> dict[str, Any] | None:
         return None
     tuned = {
         "peft-tuned": {"stage3_param_persistence_threshold": 0},
+        "peft-grouped": {"stage3_param_persistence_threshold": 0},
         "peft-persistent": {
             "stage3_param_persistence_threshold": 10**15,
             "stage3_model_persistence_threshold": 10**15,
@@ -90,7 +91,7 @@ def main() -> None:
         import deepspeed  # noqa: PLC0415 (DDP has none)
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling; ours has none either
-    recipe = recipe_of(dtype, RANKS)
+    recipe = recipe_of(dtype, RANKS, bucket(peer == "peft-grouped"))
     with tempfile.TemporaryDirectory(prefix="hyperscale-peft-") as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,

@@ -1,5 +1,6 @@
 """Weights made at every site inside the recomputed blocks, against all of them made at once."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hyperscale.model.weights import tensors_of
 from hyperscale.planning.generated import generated_bytes, generates_site_by_site
 from hyperscale.planning.memory import describe_run
 from tests import tiny
+from tests.command import run
 from tests.runs import make_recipe, write_tasks
 
 KINDS: tuple[AdapterSettings, ...] = (
@@ -149,3 +151,19 @@ def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
     )
     assert parts.generated < whole.generated / 3
     assert parts.kept <= whole.kept
+
+
+def test_the_plan_says_when_the_budget_would_help(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With shapes of which the generated weights are the largest part."""
+    recipe = recipe_of(folder, write_tasks(tmp_path), generated_budget="64GiB").model_dump(mode="json")
+    recipe["adaptation"]["adapters"] = [{"kind": "bottleneck", "reduction": 1}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = ("plan", tmp_path / "recipe.yaml", "--gpus", 1, "--gpu-memory", "1MiB", "engine.kind=zero")
+    assert "to make it fit: engine.generated_budget=0B" in run(capsys, *words).out
+    assert "generated_budget" not in run(capsys, *words, "engine.generated_budget=0B").out
+    assert "generated_budget" not in run(capsys, *words, "engine.activation_checkpointing=false").out
+    refused = run(capsys, *words, "engine.generated_budget=some")
+    assert refused.code == 2
+    assert "engine.generated_budget: 'some' is not allowed: must be an amount of memory such as 500MiB" in refused.err

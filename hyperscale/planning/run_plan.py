@@ -104,7 +104,7 @@ def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine
     largest = None if limit is None else _largest(lambda count: bare_total(both[chosen], count) <= limit)
     advice: list[str] = []
     if limit is not None and memory.total > limit:
-        advice = _advice(memory, other, largest, limit, sharding, chosen)
+        advice = _advice(recipe, memory, other, largest, limit, sharding)
     return RunPlan(
         machine=machine,
         backbone_parameters=sum(part.numel for part in workload.parts),
@@ -146,10 +146,14 @@ def _host(machine: Machine, memory: MemoryPlan) -> dict[str, int]:
 
 
 def _advice(
-    memory: MemoryPlan, other: MemoryPlan, largest: int | None, limit: float, sharding: Sharding, checkpointed: bool
+    recipe: Recipe, memory: MemoryPlan, other: MemoryPlan, largest: int | None, limit: float, sharding: Sharding
 ) -> list[str]:
     """Say what would make it fit, the cheapest first."""
     found = []
+    checkpointed = recipe.engine.activation_checkpointing
+    generated = memory.items["generated weights"]
+    if checkpointed and recipe.adaptation.generator.kind == "hypernetwork" and generated > limit / 10:
+        found.append(f"engine.generated_budget=0B: no site then keeps its part of {format_size(generated)}")
     if memory.items["resident parts"] and memory.total - memory.items["resident parts"] <= limit:
         found.append("engine.resident=auto keeps no more gathered than fits")
     if not checkpointed and other.total < memory.total:
