@@ -41,7 +41,7 @@ def write_variants(task: Task, trained: TrainedGenerator, folder: Path) -> dict[
     texts = {OWN: task.description, **{f"random_{number}": text for number, text in enumerate(others, start=1)}}
     files = {}
     for variant, text in texts.items():
-        raw = task.model_dump(mode="json", exclude_defaults=True) | {
+        raw = task.model_dump(mode="json") | {
             "name": f"{task.name}_{variant}",
             "description": text,
         }
