@@ -19,7 +19,7 @@ from hyperscale.engine.base import Engine, StepResult
 from hyperscale.engine.ds_config import read_ds_config
 from hyperscale.engine.zero import ZeroEngine, shard_backbone
 from hyperscale.errors import BackboneError
-from hyperscale.model.backbone import DTYPES, open_backbone
+from hyperscale.model.backbone import DTYPES, load_dense, open_backbone
 from hyperscale.train.answers import Answerer, Question
 from tests import tiny
 from tests.ranks import Ranks, started_ranks
@@ -86,6 +86,7 @@ def held_by(engine: Engine) -> int:
 
 ACCUMULATED = {"training": {"micro_batch_size": 2}}  # two micro-batches on each of two ranks
 AT_ONCE = {"training": {"micro_batch_size": 4}}
+INT8 = {"backbone": {"quantization": "int8"}}
 CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
 SUM = {
     "training": {
@@ -105,6 +106,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "-accumulated-checkpointed": ACCUMULATED | CHECKPOINTED,
         "-site-by-site": ACCUMULATED | {"engine": {"activation_checkpointing": True, "generated_budget": "0B"}},
         "-resident": AT_ONCE | {"engine": {"resident": "all"}},
+        "-int8": AT_ONCE | INT8,
+        "-int8-accumulated-checkpointed": ACCUMULATED | CHECKPOINTED | INT8,
     }.items()
 } | {
     "t5-independent-samples": (
@@ -198,9 +201,10 @@ def test_unsharded_ranks(two_ranks: Ranks, backbone: Path, tasks: list[str], tmp
     assert_same_training(*two_ranks.run(train, pair), train(alone))
 
 
-def gathered(path: Path, dtype: str) -> dict[str, Tensor]:
+def gathered(path: Path, dtype: str, quantization: str = "none") -> dict[str, Tensor]:
     """Shard a backbone and return each parameter, gathered, under all its names."""
-    recipe = make_recipe(path, ["none"], path, backbone={"name": str(path), "dtype": dtype}, cluster={"workers": 2})
+    settings = {"name": str(path), "dtype": dtype, "quantization": quantization}
+    recipe = make_recipe(path, ["none"], path, backbone=settings, cluster={"workers": 2})
     backbone, _ = shard_backbone(open_backbone(recipe.backbone), recipe, CPU, 2)
     found = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
@@ -234,6 +238,23 @@ def test_sharded_weights_are_the_stored_ones(
                 assert torch.equal(found[name], tensor), (path, name)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_of_integers_are_those_of_the_whole_tensors(
+    two_ranks: Ranks, tiny_llama_folder: Path, tiny_t5_folder: Path, tmp_path: Path, dtype: str
+):
+    """An odd width cuts rows between the ranks."""
+    odd = tiny.tiny_llama(tmp_path / "odd", intermediate_size=63)
+    for path in (tiny_llama_folder, tiny_t5_folder, odd):
+        settings = BackboneSettings.model_validate({"name": str(path), "dtype": dtype, "quantization": "int8"})
+        wanted = dict(load_dense(open_backbone(settings), settings).named_parameters(remove_duplicate=False))
+        assert {torch.int8, DTYPES[dtype]} == {tensor.dtype for tensor in wanted.values()}
+        for found in two_ranks.run(gathered, path, dtype, "int8"):
+            assert found.keys() == wanted.keys()
+            for name, tensor in wanted.items():
+                assert found[name].dtype == tensor.dtype
+                assert torch.equal(found[name], tensor), (path, name)
+
+
 def open_backbone_model(path: Path, dtype: str) -> Any:
     folder = open_backbone(BackboneSettings(name=str(path)))
     return folder.model_class.from_pretrained(path, dtype=DTYPES[dtype])
@@ -261,21 +282,29 @@ def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("backbone", "preset", "changes"),
+    ("backbone", "preset", "changes", "quantization"),
     [
-        ("llama", "zero3_offload", {}),
-        ("t5", "zero3_offload", {}),
+        ("llama", "zero3_offload", {}, "none"),
+        ("t5", "zero3_offload", {}, "int8"),
         # Once: DeepSpeed makes these groups once in a process.
-        ("t5", "zero3_hpz", {"zero_hpz_partition_size": 2}),
+        ("t5", "zero3_hpz", {"zero_hpz_partition_size": 2}, "int8"),
     ],
     indirect=["backbone"],
 )
 def test_presets(
-    two_ranks: Ranks, backbone: Path, tasks: list[str], tmp_path: Path, preset: str, changes: dict[str, Any]
+    two_ranks: Ranks,
+    backbone: Path,
+    tasks: list[str],
+    tmp_path: Path,
+    preset: str,
+    changes: dict[str, Any],
+    quantization: str,
 ):
+    """Here DeepSpeed's own gathers run, of integers beside other dtypes too."""
     raw = read_ds_config(preset)
     raw["zero_optimization"] |= changes
     path = tmp_path / f"{preset}.json"
     path.write_text(json.dumps(raw))
-    sharded, alone = recipes(backbone, tasks, tmp_path, {"engine": {"ds_config": str(path)}})
+    changed = {"engine": {"ds_config": str(path)}, "backbone": {"quantization": quantization}}
+    sharded, alone = recipes(backbone, tasks, tmp_path, changed)
     assert_same_training(*two_ranks.run(train, sharded), train(alone))

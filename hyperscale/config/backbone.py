@@ -16,6 +16,9 @@ class BackboneSettings(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """How the frozen weights are stored and multiplied; the generator is always fp32."""
+    quantization: Literal["none", "int8"] = "none"
+    """`int8`: the linear layers of the blocks are stored, sharded and gathered as 8-bit integers with a scale for each
+    output, and multiplied in `dtype`; embeddings, norms and the head stay in `dtype`."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone while training (T5 was trained with 0.1, LLaMA with none)."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

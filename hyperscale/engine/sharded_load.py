@@ -5,16 +5,21 @@ one byte range.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init
-from torch import nn
+from torch import Tensor, nn
 
 from hyperscale.engine.shared_shards import ShardFile
-from hyperscale.engine.slices import StoredTensor, index_tensors, slice_reader
+from hyperscale.engine.slices import SliceReader, StoredTensor, index_tensors, slice_reader
 from hyperscale.errors import BackboneError
 from hyperscale.model.backbone import BackboneFolder
+from hyperscale.model.quantized import SCALE, quantize
+
+_ROWS_BYTES = 16 * 1024 * 1024
+"""Of rows that are quantized at once, in fp32."""
 
 
 def load_sharded(
@@ -36,6 +41,7 @@ def load_sharded(
     sources = [(names, _source(names, parameter, stored, folder)) for parameter, names in _names(backbone)]
     partitioner = Init(config_dict_or_path=dict(ds_config), enabled=False)
     regather = int(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1
+    dtype = next(one.dtype for one in backbone.parameters() if one.is_floating_point())
     with slice_reader() as reader:
         for names, source in sources:
             parameter = _partition_empty(partitioner, backbone, names, device)
@@ -43,10 +49,41 @@ def load_sharded(
                 file.take(parameter)
             share = parameter.ds_tensor
             share.zero_()
-            reader.read_into(share, source, parameter.ds_zero_partition_rank * share.numel())
+            start = parameter.ds_zero_partition_rank * share.numel()
+            if isinstance(source, StoredTensor):
+                reader.read_into(share, source, start)
+            else:
+                source.fill(share, start, reader, dtype)
             if regather:  # the secondary shards within a node are cut from the whole tensor
                 parameter.all_gather([parameter])
                 parameter.partition([parameter], has_been_updated=True)
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """The integers or the scales of a tensor that is quantized on the way."""
+
+    stored: StoredTensor
+    """[out, in]"""
+    wants_scales: bool
+
+    def fill(self, share: Tensor, start: int, reader: SliceReader, dtype: torch.dtype) -> None:
+        """Fill the 1-D `share` with the flat elements from `start` on; reads the rows that it touches, whole.
+
+        `dtype` is the backbone's: rows are rounded to it first, as where the whole model is loaded.
+        """
+        num_rows, width = self.stored.shape
+        each = 1 if self.wants_scales else width
+        end = min(start + share.numel(), num_rows * each)
+        at_once = max(1, _ROWS_BYTES // (4 * width))
+        for first in range(start // each, -(-end // each), at_once):
+            last = min(first + at_once, -(-end // each))
+            rows = torch.empty((last - first) * width, dtype=dtype)
+            reader.read_into(rows, self.stored, first * width)
+            integers, scales = quantize(rows.view(-1, width))
+            made = scales if self.wants_scales else integers.flatten()
+            low, high = max(start, first * each), min(end, last * each)
+            share[low - start : high - start].copy_(made[low - first * each : high - first * each])
 
 
 def _names(backbone: nn.Module) -> list[tuple[Any, list[str]]]:
@@ -59,16 +96,27 @@ def _names(backbone: nn.Module) -> list[tuple[Any, list[str]]]:
 
 def _source(
     names: list[str], parameter: nn.Parameter, stored: Mapping[str, StoredTensor], folder: BackboneFolder
+) -> StoredTensor | _Quantized:
+    owner, _, key = names[0].rpartition(".")
+    if key == SCALE:
+        weight = _find([f"{owner}.weight"], None, stored, folder)
+        return _Quantized(weight, wants_scales=True)
+    found = _find(names, tuple(parameter.shape), stored, folder)
+    return _Quantized(found, wants_scales=False) if parameter.dtype == torch.int8 else found
+
+
+def _find(
+    names: list[str], shape: tuple[int, ...] | None, stored: Mapping[str, StoredTensor], folder: BackboneFolder
 ) -> StoredTensor:
     name = next((name for name in names if name in stored), None)
     if name is None:
         raise BackboneError(
             f"backbone.name: no file of {folder.path} holds the tensor '{names[0]}'; the checkpoint is incomplete"
         )
-    if stored[name].shape != tuple(parameter.shape):
+    if shape is not None and stored[name].shape != shape:
         raise BackboneError(
             f"backbone.name: tensor '{name}' in {stored[name].file} has shape {list(stored[name].shape)}, "
-            f"but config.json makes it {list(parameter.shape)}"
+            f"but config.json makes it {list(shape)}"
         )
     return stored[name]
 

@@ -25,6 +25,7 @@ from hyperscale.assets.backbones import PACKAGED, resolve_packaged
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.errors import BackboneError, nearest
 from hyperscale.model.architectures import Architecture, architecture_of
+from hyperscale.model.quantized import quantize_blocks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _DIGEST_SAMPLES = 1024
@@ -208,7 +209,7 @@ def build_empty(folder: BackboneFolder, settings: BackboneSettings) -> PreTraine
         model = folder.model_class._from_config(config, dtype=DTYPES[settings.dtype])
     model.tie_weights()
     _untie_stored_head(model, folder)
-    return _freeze(model, settings)
+    return _freeze(model, folder, settings)
 
 
 def _untie_stored_head(model: PreTrainedModel, folder: BackboneFolder) -> None:
@@ -230,11 +231,13 @@ def load_dense(folder: BackboneFolder, settings: BackboneSettings) -> PreTrained
     model = folder.model_class.from_pretrained(
         folder.path, config=prepare_config(folder, settings), dtype=DTYPES[settings.dtype]
     )
-    return _freeze(model, settings)
+    return _freeze(model, folder, settings)
 
 
-def _freeze(model: PreTrainedModel, settings: BackboneSettings) -> PreTrainedModel:
+def _freeze(model: PreTrainedModel, folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
     model.requires_grad_(False)
+    if settings.quantization == "int8":
+        quantize_blocks(model, folder.architecture)
     model.train(settings.dropout > 0)
     return model
 

@@ -1,0 +1,90 @@
+"""Frozen linear layers whose weights are stored as 8-bit integers, a scale for each output.
+
+Weight-only, symmetric, to the nearest: q = round(W / s) with s = max |row| / 127, rounded up to a number that the
+backbone's dtype has. Then |W - s q| <= s / 2 whatever the dtype, and q, being small, is exact in bf16.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from hyperscale.model.architectures import Architecture
+
+SCALE = "weight_scale"
+_LARGEST = 127
+
+
+class Int8Linear(nn.Linear):
+    """`s ⊙ (q x) + b` in place of `W x + b`; q is `weight`, int8 [out, in], s is `weight_scale`, [out].
+
+    Both are frozen parameters, so that ZeRO-3 shards and gathers them as any other. What the weight is cast to for a
+    product is gone after it: neither it nor the input is kept for the backward pass.
+    """
+
+    weight_scale: nn.Parameter
+
+    def __init__(self, linear: nn.Linear, weight: Tensor, scale: Tensor) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight that can train
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            y: Tensor = _Int8Product.apply(input, self)  # type: ignore[no-untyped-call]
+            return y
+        return _product(input, self)
+
+
+def _product(x: Tensor, linear: Int8Linear) -> Tensor:
+    y = F.linear(x, linear.weight.to(x.dtype)) * linear.weight_scale
+    bias: Tensor | None = linear.bias
+    return y if bias is None else y + bias
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: Int8Linear) -> Tensor:
+        ctx.linear = linear
+        return _product(x, linear)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        linear: Int8Linear = ctx.linear
+        return (gradient * linear.weight_scale).matmul(linear.weight.to(gradient.dtype)), None
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q int8 [N, in] and s [N] of rows [N, in]; s in the rows' dtype. A row of zeros has s = 1."""
+    rows = weight.float()
+    exact = rows.abs().amax(dim=1) / _LARGEST
+    scale = exact.to(weight.dtype)
+    scale = torch.where(scale.float() < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return torch.round(rows / scale.float().unsqueeze(1)).to(torch.int8), scale
+
+
+def quantize_blocks(backbone: nn.Module, architecture: Architecture) -> None:
+    """Store the linear layers of all blocks as 8-bit integers, in place; on the meta device their shapes alone.
+
+    Embeddings, norms and the head stay as they are.
+    """
+    for stack in architecture.stacks:
+        for block in backbone.get_submodule(stack.blocks).children():
+            for path, module in list(block.named_modules()):
+                if type(module) is nn.Linear:
+                    owner, _, name = path.rpartition(".")
+                    setattr(block.get_submodule(owner), name, _stored(module))
+
+
+def _stored(linear: nn.Linear) -> Int8Linear:
+    weight = linear.weight.detach()
+    if weight.is_meta:
+        scale = torch.empty(linear.out_features, dtype=weight.dtype, device="meta")
+        return Int8Linear(linear, torch.empty_like(weight, dtype=torch.int8), scale)
+    return Int8Linear(linear, *quantize(weight))
