@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import forget_peak, resident_bytes, write_report
+from benchmarks.machine import forget_peak, measured_apart, resident_bytes, write_report
 from benchmarks.memory import CPU, MIB, ROWS, longest_batch, make_backbone
 from hyperscale.config.run import Recipe
 from hyperscale.engine.collective import SingleProcess
@@ -100,9 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="generated-") as scratch:
         backbone = make_backbone("llama-110m", "bfloat16", Path(scratch))
         for way in WAYS:
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.generated", way, str(backbone)]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            results[way] = json.loads(answer.splitlines()[-1])
+            results[way] = measured_apart("benchmarks.generated", way, str(backbone))
     print(table(results))
     write_report("generated", {"benchmark": "generated", "results": results})
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -43,3 +45,11 @@ def resident_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
 def forget_peak() -> None:
     """Let the highest resident set begin anew."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def measured_apart(module: str, *words: str) -> dict[str, Any]:
+    """Run a module in a process of its own, whose peak is then no other's; return the JSON of its last line."""
+    command = [sys.executable, "-W", "ignore", "-m", module, *words]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found: dict[str, Any] = json.loads(answer.splitlines()[-1])
+    return found

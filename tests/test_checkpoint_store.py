@@ -260,6 +260,8 @@ def test_manifest_differences_are_told_in_words() -> None:
     assert "not trained for the tasks mrpc" in complaint(tasks=["sst2", "cola", "mrpc"])
     assert "order sst2, cola, are cola, sst2" in complaint(tasks=["cola", "sst2"])
     assert "generator.trunk: width was 64, is 8" in complaint(generator={"kind": "hypernetwork", "trunk": {"width": 8}})
+    integers = {"name": "smollm2", "digest": "a" * 64, "quantization": "int8"}
+    assert "backbone.quantization was none, is int8" in complaint(backbone=integers)
     assert "the backbone was smollm2 (sha256 aaaaaaaaaaaa…)" in complaint(backbone={"name": "t5", "digest": "b" * 64})
 
 

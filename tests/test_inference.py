@@ -49,14 +49,17 @@ class Finished:
         return [self.result.bundles[task] for task in tasks or TASKS]
 
 
-@pytest.fixture(scope="module", params=["llama", "t5"])
+@pytest.fixture(scope="module", params=["llama", "t5", "t5-int8"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    family, _, quantization = request.param.partition("-")
     folder = tmp_path_factory.mktemp("run")
+    backbone = request.getfixturevalue(f"tiny_{family}_folder")
     recipe = make_recipe(
-        request.getfixturevalue(f"tiny_{request.param}_folder"),
+        backbone,
         write_tasks(folder / "tasks"),
         folder / "run",
-        adaptation={"adapters": ADAPTERS[request.param]},
+        backbone={"name": str(backbone), "dtype": "float32", "quantization": quantization or "none"},
+        adaptation={"adapters": ADAPTERS[family]},
         training={
             "steps": 4,
             "batch_size": 8,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.model.backbone import build_empty, load_dense, open_backbone
 from hyperscale.model.quantized import Int8Linear, quantize
+from hyperscale.planning.parts import find_parts
 
 
 @pytest.fixture(params=["llama", "t5"])
@@ -98,3 +99,21 @@ def test_the_model_says_almost_the_same(folder: Path):
         )
     difference = (plain - stored).abs().max() / plain.abs().max()
     assert 0 < difference < 0.05
+
+
+def test_the_plan_counts_a_byte_for_each_weight(folder: Path):
+    found = open_backbone(settings(folder))
+    plain, stored = (
+        find_parts(build_empty(found, settings(folder, dtype="bfloat16", quantization=how)), found.architecture)
+        for how in ("none", "int8")
+    )
+    for one, other in zip(plain, stored, strict=True):
+        if not one.is_block:
+            assert other == one
+            continue
+        integers = sum(numel for numel, size in zip(other.numels, other.itemsizes, strict=True) if size == 1)
+        scales = other.numel - one.numel
+        assert integers > 0.9 * one.numel
+        assert scales > 0
+        assert one.nbytes - other.nbytes == integers - 2 * scales
+        assert one.shard_bytes(3) >= one.nbytes / 3

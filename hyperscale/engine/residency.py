@@ -11,7 +11,7 @@ from hyperscale.engine.collective import Collective
 from hyperscale.engine.ds_config import read_sharding
 from hyperscale.engine.host_memory import free_memory
 from hyperscale.logger import get_logger
-from hyperscale.model.backbone import DTYPES, BackboneFolder
+from hyperscale.model.backbone import BackboneFolder
 from hyperscale.planning.memory import RESERVE, describe_run, plan_memory, resident_parts
 from hyperscale.planning.parts import Part
 
@@ -25,9 +25,8 @@ def agree_on_resident(
 
     `auto` fills what is free now, less what the plan says a step adds to what is held now, less a tenth of all.
     """
-    itemsize = DTYPES[recipe.backbone.dtype].itemsize
     if recipe.engine.resident != "auto":
-        return resident_parts(recipe, parts, itemsize, spare=0.0)
+        return resident_parts(recipe, parts, spare=0.0)
     workload = describe_run(recipe, folder)
     plan = plan_memory(workload, read_sharding(recipe, collective.world_size), frozenset(), _kind(device))
     held = plan.items["backbone shard"] + plan.items["second shard (hpZ)"]
@@ -36,7 +35,7 @@ def agree_on_resident(
     sharers = on_one_gpu if device.type == "cuda" else names.count(names[collective.rank])
     free, total = free_memory(device)
     spare = min(collective.gather((free - RESERVE * total) / sharers - (plan.total - held)))
-    chosen = resident_parts(recipe, parts, itemsize, spare)
+    chosen = resident_parts(recipe, parts, spare)
     if collective.rank == 0:
         _logger.info("engine.resident: %d of %d parts of the backbone stay gathered", len(chosen), len(parts))
     return chosen

@@ -30,6 +30,7 @@ class BundleBackbone(Section):
     name: str
     digest: str
     dtype: Literal["bfloat16", "float32"]
+    quantization: Literal["none", "int8"] = "none"
     model_type: str
 
 

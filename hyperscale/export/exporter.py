@@ -174,6 +174,7 @@ def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManif
             name=trained.backbone["name"],
             digest=trained.backbone["digest"],
             dtype=recipe.backbone.dtype,
+            quantization=recipe.backbone.quantization,
             model_type=trained.backbone["model_type"],
         ),
         adapters=recipe.adaptation.adapters,

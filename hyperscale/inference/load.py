@@ -78,7 +78,11 @@ def load_bundles(folders: Sequence[Path], backbone: str | None = None, dtype: st
         ):
             raise BundleError(f"bundle {folder} has another backbone or other sites than {folders[0]}; load them apart")
     settings = BackboneSettings.model_validate(
-        {"name": backbone or first.backbone.name, "dtype": dtype or first.backbone.dtype}
+        {
+            "name": backbone or first.backbone.name,
+            "dtype": dtype or first.backbone.dtype,
+            "quantization": first.backbone.quantization,
+        }
     )
     found = open_backbone(settings)
     if found.digest() != first.backbone.digest:

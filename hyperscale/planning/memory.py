@@ -42,7 +42,7 @@ class Workload:
 
     parts: tuple[Part, ...]
     itemsize: int
-    """Bytes of one backbone element."""
+    """Bytes of one element in `backbone.dtype`."""
     trained: int
     """Parameters of the generator."""
     checkpointed: bool
@@ -108,14 +108,14 @@ def plan_memory(
 ) -> MemoryPlan:
     """Add up one rank's memory with the named parts resident."""
     parts, itemsize, trace = workload.parts, workload.itemsize, workload.trace
-    shard = sum(part.shard_numel(sharding.world_size) for part in parts) * itemsize
+    shard = sum(part.shard_bytes(sharding.world_size) for part in parts)
     second = 0
     if sharding.node_shards > 1:
-        second = sum(part.shard_numel(sharding.node_shards) for part in parts) * itemsize
+        second = sum(part.shard_bytes(sharding.node_shards) for part in parts)
     # Alone, a rank's share is the whole parameter: gathering it costs nothing.
     is_free = sharding.world_size == 1 and not sharding.offload
-    kept_parts = 0 if is_free else sum(part.numel for part in parts if part.name in resident) * itemsize
-    gathered = Gathered(0, 0, 0) if is_free else _gathered(parts, resident, itemsize, device)
+    kept_parts = 0 if is_free else sum(part.nbytes for part in parts if part.name in resident)
+    gathered = Gathered(0, 0, 0) if is_free else _gathered(parts, resident, device)
     generator = workload.trained * _FP32
     moments = {
         "head": (trace.kept, gathered.arriving),
@@ -149,13 +149,13 @@ def plan_memory(
     return MemoryPlan(items, worst, host, resident)
 
 
-def resident_parts(recipe: Recipe, parts: Sequence[Part], itemsize: int, spare: float) -> frozenset[str]:
+def resident_parts(recipe: Recipe, parts: Sequence[Part], spare: float) -> frozenset[str]:
     """Return the names of the parts that `engine.resident` keeps gathered; `spare`: bytes that `auto` may fill."""
     word = recipe.engine.resident
     if word == "all":
         return frozenset(part.name for part in parts)
     budget = 0.0 if word == "none" else spare if word == "auto" else float(parse_size(word))
-    return choose_resident(parts, budget, itemsize)
+    return choose_resident(parts, budget)
 
 
 def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], wanted: int) -> Workload:
@@ -171,7 +171,7 @@ def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], wanted:
     return replace(first, trace=replace(one, **scaled))
 
 
-def _gathered(parts: Sequence[Part], resident: frozenset[str], itemsize: int, device: str) -> Gathered:
+def _gathered(parts: Sequence[Part], resident: frozenset[str], device: str) -> Gathered:
     """Return the bytes of parts that are gathered for use, and of the buffers they arrive in.
 
     Several parameters arrive in one flat buffer, from which each is then copied; one alone arrives in place. gloo
@@ -179,9 +179,9 @@ def _gathered(parts: Sequence[Part], resident: frozenset[str], itemsize: int, de
     where blocks are of unlike size, a request ends inside a block and takes the part after it along.
     """
     away = [part for part in parts if part.name not in resident]
-    sizes = {part.numel * itemsize for part in away if part.is_block}
+    sizes = {part.nbytes for part in away if part.is_block}
     block = max(sizes, default=0)
-    other = max((part.numel for part in away if not part.is_block), default=0) * itemsize
+    other = max((part.nbytes for part in away if not part.is_block), default=0)
     copies = 2 if device == "cpu" else 1
     together = (1 + copies) * (other + block)
     return Gathered(

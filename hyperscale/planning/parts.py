@@ -17,6 +17,8 @@ class Part:
     """Dotted path of the module in the backbone."""
     numels: tuple[int, ...]
     """Elements of each of its parameters, whole."""
+    itemsizes: tuple[int, ...]
+    """Bytes of an element of each."""
     gathers: int
     """How often a forward and backward pass gathers it when it is not resident: blocks, norms and the head in both, an
     input embedding in the forward pass alone, a tied embedding at most three times."""
@@ -26,9 +28,17 @@ class Part:
     def numel(self) -> int:
         return sum(self.numels)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(numel * size for numel, size in zip(self.numels, self.itemsizes, strict=True))
+
     def shard_numel(self, world_size: int) -> int:
         """Return the elements of one rank's share: each parameter is padded to a multiple of the ranks."""
         return sum(-(-numel // world_size) for numel in self.numels)
+
+    def shard_bytes(self, world_size: int) -> int:
+        """Return the bytes of one rank's share."""
+        return sum(-(-numel // world_size) * size for numel, size in zip(self.numels, self.itemsizes, strict=True))
 
 
 def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, ...]:
@@ -50,11 +60,12 @@ def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, .
         if own:
             tied = isinstance(module, nn.Embedding) and head.weight is module.weight
             gathers = 3 if tied else 1 if isinstance(module, nn.Embedding) else 2
-            found.append(Part(name, tuple(_numel(one) for one in own), gathers, name in blocks))
+            sizes = tuple(one.element_size() for one in own)
+            found.append(Part(name, tuple(_numel(one) for one in own), sizes, gathers, name in blocks))
     return tuple(found)
 
 
-def choose_resident(parts: Sequence[Part], budget: float, itemsize: int) -> frozenset[str]:
+def choose_resident(parts: Sequence[Part], budget: float) -> frozenset[str]:
     """Return the names of the parts to keep gathered within `budget` bytes.
 
     Most gathers saved a byte first: the norms (tiny, and a gather each), a tied embedding, the blocks in order, the
@@ -64,8 +75,8 @@ def choose_resident(parts: Sequence[Part], budget: float, itemsize: int) -> froz
     order = sorted(parts, key=lambda part: (not _is_small(part), -part.gathers, not part.is_block))
     chosen: list[str] = []
     for part in order:
-        if part.numel * itemsize <= budget:
-            budget -= part.numel * itemsize
+        if part.nbytes <= budget:
+            budget -= part.nbytes
             chosen.append(part.name)
     return frozenset(chosen)
 

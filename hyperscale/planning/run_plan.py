@@ -87,7 +87,7 @@ def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine
     workload = both[chosen][0]
     bare = plan_memory(workload, sharding, frozenset(), machine.device)
     spare = 0.0 if limit is None else limit - bare.total
-    resident = resident_parts(recipe, workload.parts, workload.itemsize, spare)
+    resident = resident_parts(recipe, workload.parts, spare)
     memory, other = (plan_memory(both[way][0], sharding, resident, machine.device) for way in (chosen, not chosen))
     micro_batches = max(1, recipe.training.batch_size // (machine.ranks * shape.rows))
     traffic = plan_traffic(workload, sharding, memory.resident, micro_batches)

@@ -47,9 +47,9 @@ def plan_traffic(workload: Workload, sharding: Sharding, resident: frozenset[str
     """
     world = sharding.world_size
     group = sharding.node_shards if sharding.node_shards > 1 else world
-    passes = sum(part.gathers * part.numel for part in workload.parts if part.name not in resident)
+    passes = sum(part.gathers * part.nbytes for part in workload.parts if part.name not in resident)
     return Traffic(
-        gathers=micro_batches * passes * workload.itemsize * (group - 1) // group,
+        gathers=micro_batches * passes * (group - 1) // group,
         gradients=2 * workload.trained * _FP32 * (world - 1) // world,
     )
 
