@@ -136,12 +136,36 @@ def test_what_moves_the_memory(request: pytest.FixtureRequest, family: str) -> N
 
 def test_sharding_is_read_from_deepspeeds_json(tiny_llama_folder: Path, tmp_path: Path) -> None:
     def sharding(preset: str, kind: str = "zero") -> Sharding:
-        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": kind, "ds_config": preset}), 16)
+        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": kind, "ds_config": preset}), 16, "cuda")
 
     assert sharding("zero3") == Sharding(16)
     assert sharding("zero3_offload") == Sharding(16, offload=True)
     assert sharding("zero3_hpz") == Sharding(16, node_shards=8)
     assert sharding("zero3", "local") == Sharding(1)
+
+
+def test_ranks_of_one_machine_need_no_room_for_messages(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, offload = (
+        recipe_of(tiny_llama_folder, engine={"kind": "zero", "ds_config": preset})
+        for preset in ("zero3", "zero3_offload")
+    )
+    here = read_sharding(recipe, 2, "cpu")
+    assert here == Sharding(2, in_place=True)
+    elsewhere = [
+        read_sharding(recipe, 2, "cpu", nodes=2),
+        read_sharding(recipe, 1, "cpu"),
+        read_sharding(offload, 2, "cpu"),
+    ]
+    monkeypatch.setenv("HYPERSCALE_SHARED_SHARDS", "0")
+    assert not any(one.in_place for one in (*elsewhere, read_sharding(recipe, 2, "cpu")))
+
+    workload = describe_run(recipe, open_backbone(recipe.backbone))
+    plans = [plan_memory(workload, sharding, frozenset(), "cpu") for sharding in (here, Sharding(2))]
+    blocks = [part.nbytes for part in workload.parts if part.is_block]
+    assert plans[0].items["gathered for use"] < plans[1].items["gathered for use"]
+    assert plans[0].items["gathered for use"] >= max(blocks)
 
 
 def received(recipe: Recipe) -> tuple[int, int]:

@@ -4,9 +4,10 @@ Never re-modelled field by field.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hyperscale.assets.presets import find_preset
 from hyperscale.config.run import Recipe
@@ -122,15 +123,22 @@ def _fill_live_limits(zero: dict[str, Any], block_numel: int, norm_numel: int) -
             zero[key] = limit
 
 
-def read_sharding(recipe: Recipe, world_size: int) -> Sharding:
-    """Return what the run's DeepSpeed JSON says of where shards lie; the unsharded engine is one rank's whole."""
+def read_sharding(recipe: Recipe, world_size: int, device: Literal["cpu", "cuda"], nodes: int = 1) -> Sharding:
+    """Return what the run's DeepSpeed JSON says of where shards lie; the unsharded engine is one rank's whole.
+
+    CPU ranks of one node read ordinary shards from each other's memory (engine/shared_shards.py).
+    """
     if recipe.engine.kind == "local":
         return Sharding(world_size=1)
     zero = read_ds_config(recipe.engine.ds_config).get("zero_optimization", {})
-    offload = zero.get("offload_param") or {}
-    node_shards = zero.get("zero_hpz_partition_size", 1)
-    return Sharding(
-        world_size=world_size,
-        offload=offload.get("device", "none") != "none",
-        node_shards=1 if node_shards == "auto" else int(node_shards),
-    )
+    offload = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    asked = zero.get("zero_hpz_partition_size", 1)
+    node_shards = 1 if asked == "auto" else int(asked)
+    is_ordinary = not offload and node_shards == 1 and world_size > 1
+    in_place = device == "cpu" and nodes == 1 and is_ordinary and shares_shards()
+    return Sharding(world_size, offload, node_shards, in_place)
+
+
+def shares_shards() -> bool:
+    """Return whether `HYPERSCALE_SHARED_SHARDS` leaves it to ranks to read each other's shards."""
+    return os.environ.get("HYPERSCALE_SHARED_SHARDS", "1") != "0"

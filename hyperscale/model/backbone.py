@@ -265,4 +265,6 @@ def set_activation_checkpointing(backbone: PreTrainedModel) -> None:
     # transformers renames the method between our oldest version and the newest, which warns about the old name
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # transformers then wants gradients of what comes out of the embedding, for which ZeRO-3 would gather it once more.
+    backbone.disable_input_require_grads()
     backbone.train()

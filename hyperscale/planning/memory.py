@@ -34,6 +34,8 @@ class Sharding:
     """Shards lie in host memory (`offload_param`)."""
     node_shards: int = 1
     """`zero_hpz_partition_size`: every group of so many ranks holds a second set of shards."""
+    in_place: bool = False
+    """Gathers are read from the other ranks' memory to where they belong, without messages and their buffers."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,6 @@ class Workload:
     """Bytes of one element in `backbone.dtype`."""
     trained: int
     """Parameters of the generator."""
-    checkpointed: bool
-    """Whether blocks run again in the backward pass."""
     trace: Trace
 
 
@@ -69,8 +69,8 @@ class MemoryPlan:
     items: Mapping[str, int]
     """What lies on the device then, in the order of a report."""
     moment: str
-    """`head`: the head's weight arrives; `loss`: logits and loss are there; `blocks`: inside a block; `embedding`: the
-    backward pass asks for an embedding; `update`: the generator's gradients are reduced."""
+    """`head`: the head's weight arrives; `loss`: logits and loss are there; `blocks`: inside a block; `update`: the
+    generator's gradients are reduced."""
     host: Mapping[str, int]
     """What the same rank keeps in host memory by offloading; empty otherwise."""
     resident: frozenset[str]
@@ -98,7 +98,6 @@ def workload_of(recipe: Recipe, model: AdaptedModel, shape: StepShape) -> Worklo
         parts=find_parts(model.backbone, model.architecture),
         itemsize=DTYPES[recipe.backbone.dtype].itemsize,
         trained=num_parameters(model.generator),
-        checkpointed=recipe.engine.activation_checkpointing,
         trace=trace_step(model, shape),
     )
 
@@ -115,7 +114,7 @@ def plan_memory(
     # Alone, a rank's share is the whole parameter: gathering it costs nothing.
     is_free = sharding.world_size == 1 and not sharding.offload
     kept_parts = 0 if is_free else sum(part.nbytes for part in parts if part.name in resident)
-    gathered = Gathered(0, 0, 0) if is_free else _gathered(parts, resident, device)
+    gathered = Gathered(0, 0, 0) if is_free else _gathered(parts, resident, sharding, device)
     generator = workload.trained * _FP32
     moments = {
         "head": (trace.kept, gathered.arriving),
@@ -123,8 +122,6 @@ def plan_memory(
         "blocks": (trace.kept + trace.blocks, gathered.in_blocks),
         "update": (min(generator, _BUCKET_BYTES), 0),
     }
-    if workload.checkpointed:  # transformers then wants gradients of the embedding's output: it is gathered once more
-        moments["embedding"] = (trace.kept + trace.blocks, gathered.arriving)
     gradients = {name: generator if name == "update" else 0 for name in moments}
     totals = {name: sum(moment) + gradients[name] for name, moment in moments.items()}
     worst = max(totals, key=lambda name: totals[name])
@@ -171,7 +168,7 @@ def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], wanted:
     return replace(first, trace=replace(one, **scaled))
 
 
-def _gathered(parts: Sequence[Part], resident: frozenset[str], device: str) -> Gathered:
+def _gathered(parts: Sequence[Part], resident: frozenset[str], sharding: Sharding, device: str) -> Gathered:
     """Return the bytes of parts that are gathered for use, and of the buffers they arrive in.
 
     Several parameters arrive in one flat buffer, from which each is then copied; one alone arrives in place. gloo
@@ -182,6 +179,9 @@ def _gathered(parts: Sequence[Part], resident: frozenset[str], device: str) -> G
     sizes = {part.nbytes for part in away if part.is_block}
     block = max(sizes, default=0)
     other = max((part.nbytes for part in away if not part.is_block), default=0)
+    if sharding.in_place:
+        beside = other + (2 if len(sizes) > 1 else 1) * block
+        return Gathered(arriving=beside, at_loss=beside, in_blocks=2 * block)
     copies = 2 if device == "cpu" else 1
     together = (1 + copies) * (other + block)
     return Gathered(
