@@ -76,6 +76,8 @@ CASES = (
     Case("t5-740m", "bfloat16", EVERYTHING, False),
     Case("llama-110m", "float32", "all", False),
 )
+SHORT = (0, 2, 3, 6, 12, 13)
+"""Both families in two sizes, something of every option."""
 
 
 def make_backbone(model: str, dtype: str, folder: Path) -> Path:
@@ -195,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, help="JSON to write")
     parser.add_argument("--only", type=int, action="append", help="number of a case; may be repeated")
+    parser.add_argument("--short", action="store_const", const=SHORT, dest="only", help="six of the cases")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -100,7 +100,7 @@ def main() -> None:
         for names in TOGETHER:
             with tempfile.TemporaryDirectory(prefix="hyperscale-step-") as scratch:
                 results[dtype].update(measure(dtype, names, Path(scratch)))
-    print(table(results))
+        print(table({dtype: results[dtype]}), flush=True)
     write_report("step", {"benchmark": "step", "ranks": RANKS, "results": results})
 
 
