@@ -262,4 +262,7 @@ def set_activation_checkpointing(backbone: PreTrainedModel) -> None:
     # transformers renames the method between our oldest version and the newest, which warns about the old name
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # transformers asks for the gradient of the frozen embedding's output, which only reentrant checkpointing needs:
+    # DeepSpeed would gather the embedding once more for it, at the end of every backward pass.
+    backbone.disable_input_require_grads()
     backbone.train()
