@@ -134,14 +134,34 @@ def test_what_moves_the_memory(request: pytest.FixtureRequest, family: str) -> N
     assert plan_memory(plain, Sharding(1), everything, "cuda").items["resident parts"] == 0
 
 
-def test_sharding_is_read_from_deepspeeds_json(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    def sharding(preset: str, kind: str = "zero") -> Sharding:
-        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": kind, "ds_config": preset}), 16)
+def test_sharding_is_read_from_deepspeeds_json(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sharding(preset: str, kind: str = "zero", nodes: int = 1) -> Sharding:
+        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": kind, "ds_config": preset}), 16, nodes)
 
-    assert sharding("zero3") == Sharding(16)
-    assert sharding("zero3_offload") == Sharding(16, offload=True)
+    assert sharding("zero3") == Sharding(16, reads_memory=True)
+    assert sharding("zero3", nodes=2) == Sharding(16)
+    assert sharding("zero3_offload") == Sharding(16, offload=True, reads_memory=True)
     assert sharding("zero3_hpz") == Sharding(16, node_shards=8)
     assert sharding("zero3", "local") == Sharding(1)
+    for number, changes in enumerate(
+        ({"zero_quantized_weights": True}, {"offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}})
+    ):
+        preset = tmp_path / f"{number}.json"
+        preset.write_text(json.dumps({"zero_optimization": {"stage": 3} | changes}), encoding="utf-8")
+        assert not sharding(str(preset)).reads_memory
+    monkeypatch.setenv("HYPERSCALE_SHARED_SHARDS", "0")
+    assert sharding("zero3") == Sharding(16)
+
+
+def test_what_is_read_from_memory_takes_no_buffer(tiny_llama_folder: Path) -> None:
+    workload = describe_run(recipe_of(tiny_llama_folder), open_backbone(recipe_of(tiny_llama_folder).backbone))
+    read, sent = (plan_memory(workload, Sharding(2, reads_memory=way), frozenset(), "cpu") for way in (True, False))
+    assert 0 < read.items["gathered for use"] < sent.items["gathered for use"]
+    # NCCL has its own ways: nothing of this holds on GPUs.
+    on_gpus = [plan_memory(workload, Sharding(2, reads_memory=way), frozenset(), "cuda") for way in (True, False)]
+    assert on_gpus[0] == on_gpus[1]
 
 
 def received(recipe: Recipe) -> tuple[int, int]:

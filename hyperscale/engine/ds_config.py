@@ -4,6 +4,7 @@ Never re-modelled field by field.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,23 @@ def _fill_live_limits(zero: dict[str, Any], block_numel: int, outer_numel: int) 
             zero[key] = limit
 
 
-def read_sharding(recipe: Recipe, world_size: int) -> Sharding:
+def is_sharing_wanted() -> bool:
+    """Return whether CPU ranks may read each other's shards from memory: not with HYPERSCALE_SHARED_SHARDS=0."""
+    return os.environ.get("HYPERSCALE_SHARED_SHARDS", "1") != "0"
+
+
+def read_sharding(recipe: Recipe, world_size: int, nodes: int = 1) -> Sharding:
     """Return what the run's DeepSpeed JSON says of where shards lie; the unsharded engine is one rank's whole."""
     if recipe.engine.kind == "local":
         return Sharding(world_size=1)
     zero = read_ds_config(recipe.engine.ds_config).get("zero_optimization", {})
-    offload = zero.get("offload_param") or {}
+    offload = (zero.get("offload_param") or {}).get("device", "none")
     node_shards = zero.get("zero_hpz_partition_size", 1)
+    node_shards = 1 if node_shards == "auto" else int(node_shards)
+    is_quantized = any(zero.get(f"zero_quantized_{which}") is True for which in ("weights", "nontrainable_weights"))
     return Sharding(
         world_size=world_size,
-        offload=offload.get("device", "none") != "none",
-        node_shards=1 if node_shards == "auto" else int(node_shards),
+        offload=offload != "none",
+        node_shards=node_shards,
+        reads_memory=is_sharing_wanted() and nodes == 1 == node_shards and offload != "nvme" and not is_quantized,
     )

@@ -29,9 +29,10 @@ def agree_on_resident(
     if recipe.engine.resident != "auto":
         return resident_parts(recipe, parts, itemsize, spare=0.0)
     workload = describe_run(recipe, folder)
-    plan = plan_memory(workload, read_sharding(recipe, collective.world_size), frozenset(), _kind(device))
-    held = plan.items["backbone shard"] + plan.items["second shard (hpZ)"]
     names = collective.gather(socket.gethostname())
+    sharding = read_sharding(recipe, collective.world_size, nodes=len(set(names)))
+    plan = plan_memory(workload, sharding, frozenset(), _kind(device))
+    held = plan.items["backbone shard"] + plan.items["second shard (hpZ)"]
     on_one_gpu = max(1, int(1 / (recipe.cluster.gpus_per_worker or 1)))
     sharers = on_one_gpu if device.type == "cuda" else names.count(names[collective.rank])
     free, total = free_memory(device)

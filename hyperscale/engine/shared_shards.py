@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from hyperscale.engine.collective import Collective
+from hyperscale.engine.ds_config import is_sharing_wanted
 from hyperscale.engine.host_memory import return_freed_memory
 
 _ALIGNMENT = 64
@@ -62,8 +63,7 @@ def share_shards(backbone: nn.Module, own: ShardFile, collective: Collective) ->
         or kept twice (hpZ). Then DeepSpeed's own gathers stay.
     """
     parameters: list[Any] = list(backbone.parameters())
-    wanted = os.environ.get("HYPERSCALE_SHARED_SHARDS", "1") != "0"
-    if collective.world_size == 1 or collective.anyone(not wanted or len(own.offsets) < len(parameters)):
+    if collective.world_size == 1 or collective.anyone(not is_sharing_wanted() or len(own.offsets) < len(parameters)):
         return False
     places = collective.gather((_machine(), os.getpid(), own.descriptor))
     others = _open_others(places, collective.rank, own.size)

@@ -54,7 +54,7 @@ def plan_recipe(recipe: Recipe, asked: Asked) -> RunPlan:
     rate = asked.rate and asked.rate * 1e12
     memory = asked.gpu_memory or _memory_here(is_gpu, ranks // asked.nodes)
     machine = Machine("cuda" if is_gpu else "cpu", ranks, asked.nodes, memory, bandwidth, rate)
-    return plan_run(planned, folder, read_sharding(planned, ranks), machine)
+    return plan_run(planned, folder, read_sharding(planned, ranks, asked.nodes), machine)
 
 
 def _memory_here(is_gpu: bool, ranks_a_node: int) -> int | None:
@@ -119,7 +119,6 @@ _MOMENTS = {
     "head": "the output layer is being gathered",
     "loss": "logits and loss are there",
     "blocks": "inside a block",
-    "embedding": "the backward pass gathers the embedding",
     "update": "the generator's gradients are reduced",
 }
 

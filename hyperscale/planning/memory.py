@@ -33,6 +33,8 @@ class Sharding:
     """Shards lie in host memory (`offload_param`)."""
     node_shards: int = 1
     """`zero_hpz_partition_size`: every group of so many ranks holds a second set of shards."""
+    reads_memory: bool = False
+    """On CPUs ranks read each other's shards from memory: nothing arrives in a buffer (engine/shared_shards.py)."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class MemoryPlan:
     items: Mapping[str, int]
     """What lies on the device then, in the order of a report."""
     moment: str
-    """`head`: the head's weight arrives; `loss`: logits and loss are there; `blocks`: inside a block; `embedding`: the
-    backward pass asks for an embedding; `update`: the generator's gradients are reduced."""
+    """`head`: the head's weight arrives; `loss`: logits and loss are there; `blocks`: inside a block; `update`: the
+    generator's gradients are reduced."""
     host: Mapping[str, int]
     """What the same rank keeps in host memory by offloading; empty otherwise."""
     resident: frozenset[str]
@@ -116,7 +118,8 @@ def plan_memory(
     # Alone, a rank's share is the whole parameter: gathering it costs nothing.
     is_free = sharding.world_size == 1 and not sharding.offload
     kept_parts = 0 if is_free else sum(part.numel for part in parts if part.name in resident) * itemsize
-    gathered = Gathered(0, 0, 0) if is_free else _gathered(parts, resident, itemsize, device)
+    is_read = device == "cpu" and sharding.reads_memory
+    gathered = Gathered(0, 0, 0) if is_free else _gathered(parts, resident, itemsize, device, is_read)
     generator = workload.trained * _FP32
     moments = {
         "head": (trace.kept, gathered.arriving),
@@ -124,8 +127,6 @@ def plan_memory(
         "blocks": (trace.kept + trace.blocks, gathered.in_blocks),
         "update": (min(generator, _BUCKET_BYTES), 0),
     }
-    if workload.checkpointed:  # transformers then wants gradients of the embedding's output: it is gathered once more
-        moments["embedding"] = (trace.kept + trace.blocks, gathered.arriving)
     gradients = {name: generator if name == "update" else 0 for name in moments}
     totals = {name: sum(moment) + gradients[name] for name, moment in moments.items()}
     worst = max(totals, key=lambda name: totals[name])
@@ -172,12 +173,13 @@ def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], wanted:
     return replace(first, trace=replace(one, **scaled))
 
 
-def _gathered(parts: Sequence[Part], resident: frozenset[str], itemsize: int, device: str) -> Gathered:
+def _gathered(parts: Sequence[Part], resident: frozenset[str], itemsize: int, device: str, is_read: bool) -> Gathered:
     """Return the bytes of parts that are gathered for use, and of the buffers they arrive in.
 
-    Several parameters arrive in one flat buffer, from which each is then copied; one alone arrives in place. gloo
-    receives into a buffer of its own besides. DeepSpeed asks ahead for as many elements as the largest block has:
-    where blocks are of unlike size, a request ends inside a block and takes the part after it along.
+    One part is on its way at a time (engine/prefetch.py). Parameters that come together, as a block's do and a head's
+    with the norm before it, arrive in one flat buffer, from which each is then copied, and gloo receives into a buffer
+    of its own besides. What is read from memory has neither. Where blocks are of unlike size (T5) measured peaks with
+    checkpointing are higher by what the old way of bundling them took; why is not understood, so it stays counted.
     """
     away = [part for part in parts if part.name not in resident]
     sizes = {part.numel * itemsize for part in away if part.is_block}
@@ -185,8 +187,10 @@ def _gathered(parts: Sequence[Part], resident: frozenset[str], itemsize: int, de
     other = max((part.numel for part in away if not part.is_block), default=0) * itemsize
     copies = 2 if device == "cpu" else 1
     together = (1 + copies) * (other + block)
+    if is_read:
+        return Gathered(together if len(sizes) > 1 else other + block, at_loss=other + block, in_blocks=2 * block)
     return Gathered(
-        arriving=together if len(sizes) > 1 else copies * other + block,
-        at_loss=other + block,
+        arriving=together if len(sizes) > 1 else copies * other + max(block, other if copies == 1 else 0),
+        at_loss=other + copies * block,
         in_blocks=(1 + copies) * block,
     )
