@@ -11,7 +11,7 @@ from hyperscale.config.run import Recipe
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
 from hyperscale.errors import ConfigError, EngineError
 
-BLOCK, NORMS = 1234, 56
+BLOCK, OUTER = 1234, 56
 
 
 def recipe(resident: str = "none", dtype: str = "bfloat16") -> Recipe:
@@ -29,7 +29,7 @@ def recipe(resident: str = "none", dtype: str = "bfloat16") -> Recipe:
 
 
 def complete(raw: dict[str, Any], resident: str = "none", dtype: str = "bfloat16") -> dict[str, Any]:
-    return complete_ds_config(raw, recipe(resident, dtype), world_size=3, block_numel=BLOCK, norm_numel=NORMS)
+    return complete_ds_config(raw, recipe(resident, dtype), world_size=3, block_numel=BLOCK, outer_numel=OUTER)
 
 
 @pytest.mark.parametrize("path", sorted(preset_folder().glob("*.json")), ids=lambda path: path.stem)
@@ -50,7 +50,7 @@ def test_every_preset_is_completed(path: Path, resident: str, dtype: str):
         assert zero[key] == value
     assert zero["stage3_param_persistence_threshold"] == 0
     assert zero["stage3_prefetch_bucket_size"] == BLOCK
-    assert zero["stage3_max_live_parameters"] == 2 * BLOCK + NORMS
+    assert zero["stage3_max_live_parameters"] == 2 * BLOCK + OUTER
     assert zero["stage3_max_reuse_distance"] == 0
 
 

@@ -145,21 +145,29 @@ def test_sharding_is_read_from_deepspeeds_json(tiny_llama_folder: Path, tmp_path
 
 
 def test_ranks_of_one_machine_need_no_room_for_messages(
-    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, offload = (
-        recipe_of(tiny_llama_folder, engine={"kind": "zero", "ds_config": preset})
-        for preset in ("zero3", "zero3_offload")
-    )
+    recipe = recipe_of(tiny_llama_folder, engine={"kind": "zero"})
+
+    def asked(**zero: object) -> Sharding:
+        path = tmp_path / "asked.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}), encoding="utf-8")
+        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": "zero", "ds_config": str(path)}), 2, "cpu")
+
     here = read_sharding(recipe, 2, "cpu")
     assert here == Sharding(2, in_place=True)
+    assert asked(offload_param={"device": "cpu"}) == Sharding(2, offload=True, in_place=True)
     elsewhere = [
         read_sharding(recipe, 2, "cpu", nodes=2),
+        read_sharding(recipe, 2, "cuda"),
         read_sharding(recipe, 1, "cpu"),
-        read_sharding(offload, 2, "cpu"),
+        asked(offload_param={"device": "nvme", "nvme_path": str(tmp_path)}),
+        asked(zero_hpz_partition_size=2),
+        asked(zero_quantized_weights=True),
     ]
+    assert not any(one.in_place for one in elsewhere)
     monkeypatch.setenv("HYPERSCALE_SHARED_SHARDS", "0")
-    assert not any(one.in_place for one in (*elsewhere, read_sharding(recipe, 2, "cpu")))
+    assert not read_sharding(recipe, 2, "cpu").in_place
 
     workload = describe_run(recipe, open_backbone(recipe.backbone))
     plans = [plan_memory(workload, sharding, frozenset(), "cpu") for sharding in (here, Sharding(2))]

@@ -43,16 +43,16 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
 
 
 def complete_ds_config(
-    raw: Mapping[str, Any], recipe: Recipe, world_size: int, block_numel: int, norm_numel: int = 0
+    raw: Mapping[str, Any], recipe: Recipe, world_size: int, block_numel: int, outer_numel: int = 0
 ) -> dict[str, Any]:
     """Fill in what the recipe decides.
 
     Args:
         raw: DeepSpeed's JSON, where "auto" or a missing key means: from the recipe.
-        block_numel: parameters of the largest transformer block; prefetch and live limits follow from it, since
-            DeepSpeed's defaults of 10^9 elements each would keep a small backbone gathered.
-        norm_numel: parameters of the norms outside the blocks. They too count as live; without room for them DeepSpeed
-            would fetch all of the next block but its own last norm.
+        block_numel: parameters of the largest transformer block; the live limit follows from it, since DeepSpeed's
+            default of 10^9 elements would keep a small backbone gathered.
+        outer_numel: parameters outside the blocks. They too count as live; without room for them DeepSpeed would fetch
+            all of the next block but a norm.
 
     Raises:
         EngineError: all contradictions at once, each with both values.
@@ -76,7 +76,7 @@ def complete_ds_config(
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
-    _fill_live_limits(zero, block_numel, norm_numel)
+    _fill_live_limits(zero, block_numel, outer_numel)
     done["zero_optimization"] = zero
     if problems:
         raise EngineError("engine.ds_config contradicts the recipe: " + "; ".join(problems))
@@ -112,10 +112,10 @@ def _fill(section: dict[str, Any], key: str, value: Any, path: str) -> list[str]
     return [] if present in ("auto", value) else [f"'{path}' is {present!r} there but {value!r} by the recipe"]
 
 
-def _fill_live_limits(zero: dict[str, Any], block_numel: int, norm_numel: int) -> None:
+def _fill_live_limits(zero: dict[str, Any], block_numel: int, outer_numel: int) -> None:
     limits = {
         "stage3_prefetch_bucket_size": block_numel,
-        "stage3_max_live_parameters": 2 * block_numel + norm_numel,
+        "stage3_max_live_parameters": 2 * block_numel + outer_numel,
         "stage3_max_reuse_distance": 0,
     }
     for key, limit in limits.items():
@@ -131,12 +131,13 @@ def read_sharding(recipe: Recipe, world_size: int, device: Literal["cpu", "cuda"
     if recipe.engine.kind == "local":
         return Sharding(world_size=1)
     zero = read_ds_config(recipe.engine.ds_config).get("zero_optimization", {})
-    offload = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    offload = (zero.get("offload_param") or {}).get("device", "none")
     asked = zero.get("zero_hpz_partition_size", 1)
     node_shards = 1 if asked == "auto" else int(asked)
-    is_ordinary = not offload and node_shards == 1 and world_size > 1
-    in_place = device == "cpu" and nodes == 1 and is_ordinary and shares_shards()
-    return Sharding(world_size, offload, node_shards, in_place)
+    is_quantized = any(zero.get(f"zero_quantized_{which}") is True for which in ("weights", "nontrainable_weights"))
+    is_ordinary = offload != "nvme" and node_shards == 1 and not is_quantized
+    in_place = device == "cpu" and world_size > 1 and nodes == 1 and is_ordinary and shares_shards()
+    return Sharding(world_size, offload != "none", node_shards, in_place)
 
 
 def shares_shards() -> bool:

@@ -24,6 +24,7 @@ from hyperscale.engine.collective import Collective, TorchCollective
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
 from hyperscale.engine.frozen_linear import forget_linear_inputs
 from hyperscale.engine.host_memory import map_large_tensors, return_freed_memory
+from hyperscale.engine.prefetch import prefetch_whole_parts
 from hyperscale.engine.sharded_load import load_sharded
 from hyperscale.engine.shared_shards import ShardFile, share_shards
 from hyperscale.engine.state import load_tensors, state_tensors
@@ -57,14 +58,15 @@ def shard_backbone(
     backbone = build_empty(folder, recipe.backbone)
     if recipe.engine.activation_checkpointing:
         set_activation_checkpointing(backbone)
-    config = complete_ds_config(
-        read_ds_config(recipe.engine.ds_config), recipe, world_size, *_numels(backbone, folder.architecture)
-    )
+    raw = read_ds_config(recipe.engine.ds_config)
+    config = complete_ds_config(raw, recipe, world_size, *_numels(backbone, folder.architecture))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     file = ShardFile(backbone, world_size) if device.type == "cpu" else None
     load_sharded(backbone, folder, config, device, file)
     set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
     engine, *_ = deepspeed.initialize(model=backbone, config=config)
+    if raw.get("zero_optimization", {}).get("stage3_prefetch_bucket_size", "auto") == "auto":
+        prefetch_whole_parts(engine.optimizer.get_param_coordinator())
     forget_linear_inputs(backbone)
     if file is not None:
         share_shards(backbone, file, TorchCollective(device))
@@ -85,11 +87,9 @@ def _blocks(backbone: nn.Module, architecture: Architecture) -> list[nn.Module]:
 
 
 def _numels(backbone: nn.Module, architecture: Architecture) -> tuple[int, int]:
-    """Return the elements of the largest block, and of the norms outside the blocks together."""
-    blocks = [list(block.parameters()) for block in _blocks(backbone, architecture)]
-    inside = {parameter for block in blocks for parameter in block}
-    norms = [parameter for parameter in backbone.parameters() if parameter.dim() == 1 and parameter not in inside]
-    return max(map(_numel, blocks)), _numel(norms)
+    """Return the elements of the largest block, and of everything outside the blocks together."""
+    blocks = [_numel(block.parameters()) for block in _blocks(backbone, architecture)]
+    return max(blocks), _numel(backbone.parameters()) - sum(blocks)
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

@@ -40,6 +40,8 @@ class AdaptedModel:
         self._positions: Tensor | None = None
         head = backbone.get_output_embeddings()  # type: ignore[operator]
         head.register_forward_pre_hook(self._keep_labelled)
+        if architecture.is_encoder_decoder:
+            backbone.register_forward_pre_hook(self._look_up_together, with_kwargs=True)
 
     def generate(self, tasks: Tensor) -> Weights:
         """Return fp32 weights of all sites for task ids [K] int64, with a graph into the generator."""
@@ -91,6 +93,25 @@ class AdaptedModel:
         if self._positions is None:
             return (args[0].contiguous(),)
         return (args[0].flatten(0, 1).index_select(0, self._positions),)
+
+    def _look_up_together(
+        self, _backbone: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Look up the encoder's and the decoder's tokens at one time; a sharded embedding is gathered once then.
+
+        It happens within the backbone's forward, since ZeRO-3 takes the beginning of that for the beginning of a pass.
+        """
+        if inputs.get("input_ids") is None or inputs.get("decoder_input_ids") is None:
+            return args, inputs
+        source, target = inputs["input_ids"], inputs["decoder_input_ids"]
+        ids = torch.cat([source.flatten(), target.flatten()])
+        vectors: Tensor = self.backbone.get_input_embeddings()(ids)  # type: ignore[operator]
+        of_source, of_target = vectors.split([source.numel(), target.numel()])
+        embedded = {
+            "inputs_embeds": of_source.unflatten(0, source.shape),
+            "decoder_inputs_embeds": of_target.unflatten(0, target.shape),
+        }
+        return args, {**inputs, "input_ids": None, "decoder_input_ids": None, **embedded}
 
     @contextmanager
     def _only_at(self, positions: Tensor) -> Iterator[None]:
