@@ -1,6 +1,7 @@
 """DeepSpeed's JSON, completed from the recipe; contradictions refused by name."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,22 @@ def test_all_contradictions_are_named_at_once_with_both_values():
         assert f"'{key}' is {there!r} there but {ours!r} by the recipe" in message
     with pytest.raises(EngineError, match=r"'bf16' is True there, but must be a section; 'zero_opt.*' is 3 there"):
         complete({"bf16": True, "zero_optimization": 3})
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights"])
+def test_integers_are_not_quantized_again(key: str):
+    asked = recipe()
+    stored = asked.model_copy(update={"backbone": asked.backbone.model_copy(update={"quantization": "int8"})})
+    for value, one, refused in (
+        (True, stored, True),
+        (False, stored, False),
+        ("auto", stored, False),
+        (True, asked, False),
+    ):
+        raw = {"zero_optimization": {key: value}}
+        told = f"'zero_optimization.{key}' does not go with backbone.quantization=int8: remove it"
+        with pytest.raises(EngineError, match=told) if refused else nullcontext():
+            complete_ds_config(raw, one, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path):

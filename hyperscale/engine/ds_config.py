@@ -22,6 +22,13 @@ _OURS = {
     "fp16": "backbone.dtype (bfloat16 or float32)",
 }
 
+_FLOATS_ALONE = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "stage3_use_all_reduce_for_fetch_params",
+)
+"""What would quantize our integers once more, or gather integers and scales as one dtype."""
+
 
 def read_ds_config(name_or_path: str) -> dict[str, Any]:
     """Read a preset of ds_configs/ or a JSON file.
@@ -76,6 +83,12 @@ def complete_ds_config(
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
+    if recipe.backbone.quantization == "int8":
+        problems += [
+            f"'zero_optimization.{key}' does not go with backbone.quantization=int8: remove it"
+            for key in _FLOATS_ALONE
+            if zero.get(key, "auto") not in (False, "auto")
+        ]
     _fill_live_limits(zero, block_numel, outer_numel)
     done["zero_optimization"] = zero
     if problems:

@@ -41,9 +41,9 @@ class Int8Linear(nn.Linear):
 
 
 def _product(x: Tensor, linear: Int8Linear) -> Tensor:
-    y = F.linear(x, linear.weight.to(x.dtype)) * linear.weight_scale
+    y = F.linear(x, linear.weight.to(x.dtype)).mul_(linear.weight_scale)
     bias: Tensor | None = linear.bias
-    return y if bias is None else y + bias
+    return y if bias is None else y.add_(bias)
 
 
 class _Int8Product(torch.autograd.Function):
