@@ -76,8 +76,8 @@ def shard_backbone(
 def keeps_host_memory_small(recipe: Recipe, device: torch.device) -> bool:
     """Return whether a CPU rank's memory is to follow the plan; `engine.resident: all` asks for speed instead.
 
-    `auto` may choose speed once the shards are loaded (engine/residency.py). Mapping what is large and clearing its pages costs 15 to 18 % of a step there; without it the peak was 1.7 times
-    as high (docs/performance.md).
+    `auto` may choose speed once the shards are loaded (engine/residency.py). Mapping what is large and clearing its
+    pages costs 15 to 18 % of a step; without it the peak was 1.7 times as high (docs/performance.md).
     """
     return device.type == "cpu" and recipe.engine.resident != "all"
 
