@@ -244,7 +244,7 @@ def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
         result = torchrun.train_as_worker(recipe, options.resume)
         if result is not None:
             show(result)
-        return 0
+        torchrun.leave()
     if options.launcher == "local":
         from hyperscale.launch.local import refuse_several_workers, train_in_process
 
