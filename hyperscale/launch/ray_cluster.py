@@ -167,13 +167,18 @@ def refuse_private_folder(recipe: Recipe) -> None:
     place = open_place(recipe.output).child(f".seen-{uuid.uuid4().hex[:8]}")
     place.fs.pipe_file(place.path, b"")
     try:
-        seen = {
-            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": _sees.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(str(place))
+        seen = [
+            _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                str(place)
+            )
             for node in nodes
-        }
-        blind = [name for name, answer in seen.items() if not ray.get(answer, timeout=120)]
+        ]
+        # Two nodes may have one name and one address: those of one machine.
+        blind = [
+            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            for node, answer in zip(nodes, ray.get(seen, timeout=120), strict=True)
+            if not answer
+        ]
     finally:
         place.fs.rm_file(place.path)
     problem = several_nodes_problem(recipe, blind)
