@@ -224,15 +224,13 @@ def _train(options: argparse.Namespace) -> int:
 def _adapt(options: argparse.Namespace) -> int:
     from hyperscale.launch.adapt import adapted_recipe, nearest_tasks
     from hyperscale.launch.context import read_result
-    from hyperscale.launch.torchrun import is_worker
 
     share, overrides = options.old_share, options.overrides
     recipe = adapted_recipe(options.checkpoint, options.task, options.train, share, overrides)
-    code = _launch(recipe, options)
-    if not is_worker():
-        checkpoint = read_result(recipe.output).checkpoint
-        for name, near in nearest_tasks(checkpoint, len(options.task)).items():
-            print(f"nearest to {name}: " + ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near))
+    code = _launch(recipe, options)  # from which torchrun's workers do not return
+    checkpoint = read_result(recipe.output).checkpoint
+    for name, near in nearest_tasks(checkpoint, len(options.task)).items():
+        print(f"nearest to {name}: " + ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near))
     return code
 
 

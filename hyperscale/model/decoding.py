@@ -22,7 +22,7 @@ _FINISHED_SHARE = 0.25
 def greedy_decode(
     model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop_ids: Tensor, anyone: Agree
 ) -> Tensor:
-    """Continue each prompt with the most likely token until a stop token; inside `model.adapted(...)`.
+    """Continue each prompt with the most likely token until a stop token; inside `model.answering(...)`.
 
     Args:
         input_ids: [B, T], left-padded for causal models, right-padded for encoder-decoders.
@@ -138,7 +138,7 @@ class _Seq2SeqSteps:
 def answer_log_likelihoods(
     model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, endings: Tensor
 ) -> Tensor:
-    """Return the log-likelihoods [B, C], at least fp32, of C answers to each prompt; inside `model.adapted(...)`.
+    """Return the log-likelihoods [B, C], at least fp32, of C answers to each prompt; inside `model.answering(...)`.
 
     An answer is a row's label tokens with another last one. What comes before it is computed once for all C. Sums over
     tokens, so answers compete with their whole wording, as in the usual label-scoring protocol.

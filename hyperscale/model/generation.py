@@ -33,16 +33,12 @@ class Generation(Protocol):
         ...
 
 
-class AtOnce:
-    """All sites' weights from one batched call; they collect the gradients of several micro-batches in fp32."""
+class _Cut:
+    """Tensors cut off from the generator's graph; what stands in their place collects gradients in fp32."""
 
-    def __init__(self, weights: Weights) -> None:
-        """`weights` as a generator returns them, with a graph into it."""
-        self.made = weights
-        self._leaves = as_leaves(weights)
-
-    def source(self, dtype: torch.dtype) -> Source:
-        return taken_apart(cast(self._leaves, dtype))
+    def __init__(self, made: Weights) -> None:
+        self.made = made
+        self._leaves = as_leaves(made)
 
     def backward(self) -> None:
         backward(self.made, self._leaves)
@@ -51,11 +47,18 @@ class AtOnce:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in tensors_of(self.made))
 
+
+class AtOnce(_Cut):
+    """All sites' weights from one batched call, as a generator returns them; they collect the gradients."""
+
+    def source(self, dtype: torch.dtype) -> Source:
+        return taken_apart(cast(self._leaves, dtype))
+
     def held_bytes(self, itemsize: int) -> int:
         return self.nbytes * 2 + self.nbytes // 4 * itemsize
 
 
-class SiteBySite:
+class SiteBySite(_Cut):
     """Each site's weights from its code, where the site acts.
 
     Inside a checkpointed block they are made again in the backward pass, and neither they nor their gradients outlive
@@ -66,20 +69,12 @@ class SiteBySite:
         self, codes: Mapping[str, Tensor], make: Callable[[str, int, Mapping[str, Tensor]], Mapping[str, Tensor]]
     ) -> None:
         """`make`: group, number of the site, codes -> fp32 tensors [K, …]."""
-        self._made = {"codes": codes}
-        self._leaves = as_leaves(self._made)
+        super().__init__({"codes": codes})
         self._make = make
 
     def source(self, dtype: torch.dtype) -> Source:
         codes = self._leaves["codes"]
         return lambda group, index: {name: tensor.to(dtype) for name, tensor in self._make(group, index, codes).items()}
-
-    def backward(self) -> None:
-        backward(self._made, self._leaves)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in tensors_of(self._made))
 
     def held_bytes(self, itemsize: int) -> int:
         return self.nbytes * 2
