@@ -28,7 +28,7 @@ PEERS = {
     "peft-ddp": "PEFT, DDP, unsharded, plain attention",
 }
 TOGETHER = (
-    ("ours", "peft-zero3", "peft-tuned", "peft-ddp"),
+    ("ours", "ours by default", "peft-zero3", "peft-tuned", "peft-ddp"),
     ("ours for speed", "peft-persistent"),
     ("ours bucketed", "peft-grouped"),
 )

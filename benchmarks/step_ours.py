@@ -33,9 +33,9 @@ GROUPS = {
     "ours": {
         "none": ("none", True, False),
         "none, gathers as gloo messages": ("none, messages", True, False),
-        "auto": ("auto", True, False),
         "none, logits of labels only": ("none", False, False),
     },
+    "ours by default": {"auto": ("auto", True, False)},
     "ours for speed": {
         "all": ("all", True, False),
         "unsharded": ("local", True, False),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyperscale.checkpoint.store import CheckpointStore, load_checkpoint
+from hyperscale.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.data.loader import TrainLoader
@@ -20,6 +20,7 @@ from hyperscale.errors import CheckpointError, RunFolderError
 from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, ignore
 from hyperscale.launch.local import train_in_process
 from hyperscale.launch.worker import train_worker
+from hyperscale.train.evaluation import VALIDATION, Evaluation, Evaluator
 from tests.ranks import Ranks, RanksFailed, started_ranks
 from tests.runs import make_recipe, write_tasks
 
@@ -160,3 +161,33 @@ def test_a_checkpoint_of_another_site_map_is_refused(runs: Runs, tmp_path: Path)
     with pytest.raises(CheckpointError, match="belongs to another run: the site map had") as refused:
         train_in_process(recipe, resume=True)
     assert "Use the recipe.yaml beside the checkpoint" in str(refused.value)
+
+
+def test_a_run_that_was_stopped_while_it_was_scored_takes_no_step_again(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = continued(runs, tmp_path / "scored")
+    call = Evaluator.__call__
+
+    def stop_at_the_end(evaluator: Evaluator, step: int, stage: str) -> Evaluation:
+        if step == STEPS:
+            raise KeyboardInterrupt
+        return call(evaluator, step, stage)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Evaluator, "__call__", stop_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            train_in_process(recipe, resume=True)
+    assert lines(recipe.output)[-1]["status"] == "stopped"
+    stopped = load_checkpoint(find_checkpoint(recipe.output))
+    assert stopped.step == STEPS
+    result = train_in_process(recipe, resume=True)
+    entries = lines(recipe.output)
+    assert [entry["step"] for entry in entries if entry["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [entry["start_step"] for entry in entries if entry["event"] == "run_start"][-1] == STEPS
+    stages = [(entry["stage"], entry["step"]) for entry in result.evaluations]
+    assert stages[-3:] == [(VALIDATION, step) for step in (2, 4, 6)]
+    ended = load_checkpoint(result.checkpoint)
+    assert ended.state["evaluations"] == list(result.evaluations) != stopped.state["evaluations"]
+    for name, tensor in stopped.tensors["generator"].items():
+        assert torch.equal(tensor, ended.tensors["generator"][name]), name

@@ -83,6 +83,7 @@ class TrainingRun:
             task_names=self.session.corpus.names,
             callbacks=self.callbacks,
             evaluate=lambda step: self._evaluate(step, VALIDATION),
+            is_scored=lambda step: any((r.step, r.stage) == (step, VALIDATION) for r in self.evaluations),
             save=self.save,
         )
         trainer.run(self.start_step)

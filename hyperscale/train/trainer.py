@@ -22,11 +22,20 @@ class Trainer:
     """Empty on all ranks but 0."""
     evaluate: Callable[[int], None]
     """Called on every rank with the number of steps done."""
+    is_scored: Callable[[int], bool]
+    """Whether `evaluate` has been through this number of steps, now or in the run that this one continues."""
     save: Callable[[int], None]
     """Called on every rank with the number of steps done."""
 
     def run(self, start_step: int) -> None:
-        """Step from `start_step` (steps already done) to the end; evaluates and saves at the end in any case."""
+        """Step from `start_step` (steps already done) to the end; evaluates and saves at the end in any case.
+
+        What is due for both is saved before it is scored too: scoring may take longer than the steps, and a run that
+        is killed meanwhile would have to take them again.
+        """
+        if start_step and self._is_due(start_step, self.settings.evaluate_every) and not self.is_scored(start_step):
+            self.evaluate(start_step)
+            self.save(start_step)
         throughput = Throughput()
         for step in range(start_step, self.settings.steps):
             batches = self.loader.next_step()
@@ -37,11 +46,13 @@ class Trainer:
             record = self._record(done, result, seconds, throughput)
             for callback in self.callbacks:
                 callback.on_step(record)
-            last = done == self.settings.steps
-            if last or _due(done, self.settings.evaluate_every):
-                self.evaluate(done)
-            if last or _due(done, self.settings.checkpoint_every):
+            saves = self._is_due(done, self.settings.checkpoint_every)
+            if saves:
                 self.save(done)
+            if self._is_due(done, self.settings.evaluate_every):
+                self.evaluate(done)
+                if saves:
+                    self.save(done)
 
     def _record(self, done: int, result: StepResult, seconds: float, throughput: Throughput) -> StepRecord:
         return StepRecord(
@@ -58,6 +69,5 @@ class Trainer:
             seconds_left=throughput.seconds_for(self.settings.steps - done),
         )
 
-
-def _due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
+    def _is_due(self, done: int, every: int | None) -> bool:
+        return done == self.settings.steps or (every is not None and done % every == 0)
