@@ -5,8 +5,8 @@ for seven tasks, PEFT's one set for all. Every side computes all logits, but in 
 run in process groups of their own and take turns, step by step.
 """
 
+import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ RANKS = 2
 LEARNING = 3
 """First steps, not counted: DeepSpeed learns the order of modules in two."""
 ROUNDS = 5
+SHORT_ROUNDS = 3
 DTYPES = ("bfloat16", "float32")
 PEERS = {
     "peft-zero3": "PEFT, ZeRO-3 by its defaults",
@@ -29,8 +30,7 @@ PEERS = {
 }
 TOGETHER = (
     ("ours", "ours by default", "peft-zero3", "peft-tuned", "peft-ddp"),
-    ("ours for speed", "peft-persistent"),
-    ("ours bucketed", "peft-grouped"),
+    ("ours for speed", "peft-persistent", "ours bucketed", "peft-grouped"),
 )
 """Process groups that take turns in one run: all that a goal compares, and what 24 GiB hold at one time."""
 GOALS = (
@@ -46,7 +46,7 @@ Figures = dict[str, dict[str, list[float]]]
 """Row -> `seconds`, `processor` (seconds of rank 0's processor) and `tokens` (real ones, all ranks) of every step."""
 
 
-def measure(dtype: str, names: Sequence[str], folder: Path) -> Figures:
+def measure(dtype: str, names: Sequence[str], folder: Path, rounds: int) -> Figures:
     """Let groups of ours and peers take turns; return the figures of the counted steps."""
     groups = [
         Group(name, RANKS, "benchmarks.step_peft" if name in PEERS else "benchmarks.step_ours", [name, dtype], folder)
@@ -54,7 +54,7 @@ def measure(dtype: str, names: Sequence[str], folder: Path) -> Figures:
     ]
     found: Figures = {}
     try:
-        for number in range(LEARNING + ROUNDS):
+        for number in range(LEARNING + rounds):
             for group in groups:
                 for row, figures in group.turn(number).items():
                     if number >= LEARNING:
@@ -93,15 +93,20 @@ def ratio(rows: Figures, ours: str, peer: str, key: str) -> float:
 
 
 def main() -> None:
-    """Measure the dtypes named on the command line, or both."""
+    """Measure one dtype, or both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, help="this one alone")
+    short = f"{SHORT_ROUNDS} counted rounds instead of {ROUNDS}"
+    parser.add_argument("--short", action="store_const", const=SHORT_ROUNDS, default=ROUNDS, dest="rounds", help=short)
+    options = parser.parse_args()
     results: dict[str, Any] = {}
-    for dtype in sys.argv[1:] or DTYPES:
+    for dtype in [options.dtype] if options.dtype else DTYPES:
         results[dtype] = {}
         for names in TOGETHER:
             with tempfile.TemporaryDirectory(prefix="hyperscale-step-") as scratch:
-                results[dtype].update(measure(dtype, names, Path(scratch)))
+                results[dtype].update(measure(dtype, names, Path(scratch), options.rounds))
         print(table({dtype: results[dtype]}), flush=True)
-    write_report("step", {"benchmark": "step", "ranks": RANKS, "results": results})
+    write_report("step", {"benchmark": "step", "ranks": RANKS, "rounds": options.rounds, "results": results})
 
 
 if __name__ == "__main__":

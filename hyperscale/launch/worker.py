@@ -184,6 +184,8 @@ def build_engine(
     optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps, fixed)
     step = TrainingStep(model, optimizer, collective, device, recipe.training, num_tasks, recipe.seed)
     if deepspeed_engine is None:
+        if device.type == "cpu":
+            keep_freed_memory()
         return LocalEngine(step)
     parts = find_parts(backbone, folder.architecture)
     residency = agree_on_resident(recipe, folder, parts, collective, device)
