@@ -124,6 +124,9 @@ class ZeroEngine:
         for part in self.parts:
             if part.name in self.resident:
                 _hold(list(self.model.backbone.get_submodule(part.name).parameters()))
+        if len(self.resident) == len(self.parts):
+            # Nothing is left to fetch or to release: the hooks that would look for it cost a tenth of a step on CPUs.
+            self.deepspeed_engine.optimizer._remove_module_hooks()
 
     @property
     def model(self) -> AdaptedModel:
