@@ -22,5 +22,5 @@ class BackboneSettings(Section):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone while training (T5 was trained with 0.1, LLaMA with none)."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """`auto`: PyTorch's fused kernel on CUDA; plain products on CPUs, where its backward is slow at short lengths, without
-    copies for heads that share keys. `eager`: transformers' plain products."""
+    """`auto`: PyTorch's fused kernel on CUDA; plain products on CPUs, where its backward is slow at short lengths,
+    without copies for heads that share keys. `eager`: transformers' plain products."""
