@@ -74,6 +74,7 @@ class CheckpointStore:
             else:
                 _commit_remotely(checkpoint, target)
             self._prune()
+            return str(_settled(target, checkpoint.step))
         except OSError as error:
             previous = self.latest()
             kept = f"The last whole one is {previous}." if previous else "None has been written yet."
@@ -81,7 +82,6 @@ class CheckpointStore:
                 f"The checkpoint of step {checkpoint.step} cannot be written in {root}: {error}. "
                 f"Make room or mend the place, then use --resume. {kept}"
             ) from error
-        return str(target)
 
     def latest(self) -> str | None:
         """Return the path of the newest whole checkpoint, or None."""
@@ -251,6 +251,16 @@ def _instead(place: Place) -> str:
     if earlier:
         return f"Use the previous checkpoint at {earlier[-1]}: delete {place} and use --resume."
     return "There is no earlier checkpoint in this run folder: restore the file, or start anew with another `output=`."
+
+
+def _settled(place: Place, step: int) -> Place:
+    """Give a checkpoint the plain name of its step, once no older one has it; where there is a rename."""
+    plain = place.parent.child(checkpoint_name(step))
+    if not place.is_local or place.name == plain.name or plain.exists():
+        return place
+    Path(place.path).rename(plain.path)
+    _flush(Path(plain.path).parent)
+    return plain
 
 
 def _remove(place: Place) -> None:

@@ -80,7 +80,7 @@ class ProgressDisplay:
                 return step_line(now)
             case "evaluation":
                 return evaluation_line(now, event["stage"])
-            case "checkpoint":
+            case "checkpoint" if now.checkpoint_step != before.checkpoint_step:  # once more when it is scored
                 return f"checkpoint of step {now.checkpoint_step}"
             case "end":
                 return f"{now.outcome} at step {now.step} after {duration(event['seconds'])}"
