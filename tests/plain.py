@@ -74,6 +74,9 @@ def _flat(
     words = [site.kind, *([site.position] if settings.heads == "position" else []), name]
     head = f"{root}.heads.heads.{'_'.join(words)}_{'x'.join(map(str, specs[name].shape))}.linear"
     made = parameters[f"{head}.weight"] @ code
+    if settings.biases == "site":
+        biases = parameters[f"{root}.heads.site_biases.{_key(site, name)}"]
+        return made + biases[[other for other in part if other.group == site.group].index(site)].flatten()
     return made + parameters[f"{head}.bias"] if f"{head}.bias" in parameters else made
 
 

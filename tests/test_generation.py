@@ -71,8 +71,9 @@ def gradients(adapted: AdaptedModel) -> dict[str, Tensor]:
         {"kind": "hypernetwork"},
         {"kind": "hypernetwork", "heads": "position"},
         {"kind": "hypernetwork", "stacks": "joint"},
+        {"kind": "hypernetwork", "heads": "position", "biases": "site"},
     ],
-    ids=["shape", "position", "joint"],
+    ids=["shape", "position", "joint", "biases by site"],
 )
 @pytest.mark.parametrize("norms", [False, True])
 def test_both_ways_give_equal_gradients(folder: Path, generator: dict[str, Any], norms: bool):

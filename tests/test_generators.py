@@ -1,7 +1,7 @@
 """Generators against plain references: one task and one site at a time in float64, and parameter counts by formula."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import ARCHITECTURES
 from hyperscale.model.generators.generator import group_specs, num_parameters
 from hyperscale.model.generators.registry import GENERATORS, build_generator
-from hyperscale.model.sites import find_sites
+from hyperscale.model.sites import Site, find_sites
 from hyperscale.model.weights import tensors_of
 from tests import plain, tiny
 
@@ -26,6 +26,7 @@ GENERATOR_SETTINGS: Mapping[str, dict[str, Any]] = {
     "hypernetwork": {"kind": "hypernetwork", **SIZES},
     "joint": {"kind": "hypernetwork", "stacks": "joint", **SIZES},
     "by position": {"kind": "hypernetwork", "heads": "position", **SIZES},
+    "biases by site": {"kind": "hypernetwork", "biases": "site", **SIZES},
     "per_layer": {"kind": "per_layer", "hidden_dim": 11, "code_dim": 7},
     "independent": {"kind": "independent"},
     "shared": {"kind": "shared"},
@@ -220,7 +221,11 @@ def test_everything_learns_by_the_third_step(kind: str, family: str, folders: di
 def by_formula(kind: str, adapted: AdaptedModel, chosen: AdaptationSettings) -> int:
     """Count parameters from shapes alone."""
     sites, specs = adapted.site_map.sites, specs_of(adapted, chosen)
-    per_task = sum(math.prod(spec.shape) for site in sites for spec in specs[site.group].values())
+
+    def per_task_of(part: Sequence[Site]) -> int:
+        return sum(math.prod(spec.shape) for site in part for spec in specs[site.group].values())
+
+    per_task = per_task_of(sites)
     if kind in ("independent", "shared"):
         return per_task * (NUM_TASKS if kind == "independent" else 1)
     total = NUM_TASKS * 6
@@ -237,7 +242,8 @@ def by_formula(kind: str, adapted: AdaptedModel, chosen: AdaptationSettings) -> 
         }
         total += len(layers) * 5 + len(positions) * 3
         total += (6 + 5 + 3 + 1) * 11 + (11 + 1) * 7 + 2 * 7
-        total += sum((7 + 1) * math.prod(shape) for *_, shape in heads)
+        total += sum(7 * math.prod(shape) for *_, shape in heads)
+        total += per_task_of(part) if kind == "biases by site" else sum(math.prod(shape) for *_, shape in heads)
     return total
 
 

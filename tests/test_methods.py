@@ -28,6 +28,7 @@ GENERATORS: Mapping[str, dict[str, Any]] = {
     "hypernetwork": {"kind": "hypernetwork", "layer_dim": 5, "position_dim": 3, "hidden_dim": 11, "code_dim": 7},
     "joint": {"kind": "hypernetwork", "stacks": "joint", "hidden_dim": 11, "code_dim": 7},
     "by position": {"kind": "hypernetwork", "heads": "position", "hidden_dim": 11, "code_dim": 7},
+    "biases by site": {"kind": "hypernetwork", "heads": "position", "biases": "site", "hidden_dim": 11, "code_dim": 7},
     "per_layer": {"kind": "per_layer", "hidden_dim": 11, "code_dim": 7},
     "independent": {"kind": "independent"},
     "shared": {"kind": "shared"},

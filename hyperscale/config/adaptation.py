@@ -97,6 +97,9 @@ class HypernetworkSettings(Section):
     heads: Literal["shape", "position"] = "shape"
     """`shape`: tensors of one name and shape come from one head, wherever they go, as published; `position`: every
     position (`q`, `v`, `feed_forward`, …) has heads of its own."""
+    biases: Literal["head", "site"] = "head"
+    """`head`: a head adds the same bias wherever its tensors go, as published; `site`: every site has biases of its
+    own, an adapter that all tasks share, and the network makes what each task adds to it."""
 
 
 class PerLayerSettings(Section):

@@ -11,6 +11,10 @@ class OptimizerSettings(Section):
     """AdamW over the generator, in fp32."""
 
     learning_rate: float = Field(default=5e-4, gt=0)
+    head_learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the weights of a hypernetwork's heads, as a multiple of `learning_rate`. AdamW moves each weight
+    by about the rate, and a generated weight is a sum over `code_dim` of them: with 1 / code_dim it moves as far in a
+    step as a weight of `independent` does. Without effect on generators that have no heads."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)

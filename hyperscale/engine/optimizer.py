@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.config.training import OptimizerSettings
+from hyperscale.model.generators.heads import head_weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,8 +42,17 @@ class GeneratorOptimizer:
         self._total_steps = total_steps
         self._named = dict(generator.named_parameters())
         self._fixed_rows = fixed_rows
+        heads = head_weights(generator)
+        others = [parameter for name, parameter in self._named.items() if name not in heads]
+        groups = [
+            {"params": others, "ratio": 1.0},
+            {
+                "params": [parameter for name, parameter in self._named.items() if name in heads],
+                "ratio": settings.head_learning_rate_ratio,
+            },
+        ]
         self._adamw = torch.optim.AdamW(
-            self._named.values(),
+            [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -53,12 +63,12 @@ class GeneratorOptimizer:
         """Clip, update, and clear the gradients.
 
         Returns:
-            The learning rate used, and the gradient norm before clipping where the gradients are: reading it waits for
-            a GPU.
+            The learning rate used outside the heads, and the gradient norm before clipping where the gradients are:
+            reading it waits for a GPU.
         """
         rate = learning_rate_at(step, self._total_steps, self._settings)
         for group in self._adamw.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         limit = self._settings.clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self._named.values(), math.inf if limit is None else limit)
         with self._rows_restored():

@@ -76,7 +76,7 @@ class StackGenerator(nn.Module):
         layers = [blocks[site.stack, site.layer] for site in site_map.sites]
         numbers = [ids[f"{site.kind}:{site.position}"] for site in site_map.sites]
         self.trunk = Trunk(settings, task_dim, layers, numbers, len(ids))
-        self.heads = Heads(settings.code_dim, site_map, specs, settings.heads)
+        self.heads = Heads(settings.code_dim, site_map, specs, settings.heads, settings.biases)
         rows = {site: row for row, site in enumerate(site_map.sites)}
         self._rows_of = {group: [rows[site] for site in sites] for group, sites in site_map.groups.items()}
         self._buffers_of: dict[str, str] = {}

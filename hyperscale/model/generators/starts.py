@@ -49,9 +49,15 @@ def start_head(weight: Tensor, bias: Tensor | None, spec: TensorSpec) -> None:
             nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
         case "normal" | "adapter" | "adapter_bias":
             nn.init.normal_(weight, std=HEAD_STD / spec.scale)
-    if bias is not None and spec.start == "normal":
+    if bias is not None:
+        start_bias(bias, spec)
+
+
+def start_bias(bias: Tensor, spec: TensorSpec) -> None:
+    """Fill what a head adds to its product, [.., numel] or [.., *shape]: a head's own bias, or that of a site."""
+    if spec.start == "normal":
         nn.init.normal_(bias, std=spec.fan_in**-0.5 / spec.scale)
-    elif bias is not None:
+    else:
         nn.init.zeros_(bias)
 
 
