@@ -12,7 +12,7 @@ from hyperscale.config.comparison import load_comparison
 from hyperscale.data.bootstrap import draw, interval, resampled_scores
 from hyperscale.data.metrics import score
 from hyperscale.data.tasks import Task
-from hyperscale.launch.compare import make_trial
+from hyperscale.launch.compare import check_comparison, make_trial
 from hyperscale.launch.predictions import read_predictions
 from tests.command import run
 
@@ -215,3 +215,22 @@ def test_resampling_against_scoring_row_by_row() -> None:
         assert found == pytest.approx(np.array(plain))
     low, high = interval(np.arange(1001.0))
     assert (low, high) == pytest.approx((25.0, 975.0))
+
+
+COMPARISONS = sorted(
+    file
+    for file in Path(__file__).parents[1].joinpath("benchmarks/comparisons").glob("*.yaml")
+    if "methods:" in file.read_text()
+)
+
+
+@pytest.mark.parametrize("file", COMPARISONS, ids=[file.stem for file in COMPARISONS])
+def test_the_comparisons_of_the_benchmarks_are_valid_and_fair(file: Path):
+    comparison = load_comparison(file)
+    check_comparison(comparison)
+    trials = [make_trial(comparison, method, 0.001, 1).recipes for method in comparison.methods]
+    samples = {sum(one.training.steps * one.training.batch_size for one in recipes) for recipes in trials}
+    tasks = {tuple(task for one in recipes for task in one.data.tasks) for recipes in trials}
+    assert len(samples) == len(tasks) == 1
+    assert len(comparison.learning_rates) == 3
+    assert len(comparison.seeds) >= 3
