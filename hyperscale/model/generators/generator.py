@@ -47,6 +47,11 @@ def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind], init: Literal["
     }
 
 
+def parameter_name(group: str, name: str) -> str:
+    """Return what the parameter is called that holds tensor `name` of all sites of a group."""
+    return f"{group}/{name}".replace("/", "__")
+
+
 def keep_known_tasks(generator: Any, num_known: int) -> Mapping[str, int]:
     """Leave only what belongs to the tasks from `num_known` on to be trained.
 

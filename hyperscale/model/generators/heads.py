@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.model.adapters.kinds import TensorSpec
-from hyperscale.model.generators.generator import GroupSpecs
+from hyperscale.model.generators.generator import GroupSpecs, parameter_name
 from hyperscale.model.generators.starts import head_has_bias, start_bias, start_head
 from hyperscale.model.sites import SiteMap
 
@@ -87,7 +87,7 @@ class Heads(nn.Module):
             for name, spec in specs[group].items() if biases == "site" else ():
                 bias = nn.Parameter(torch.empty(len(sites), *spec.shape))
                 start_bias(bias, spec)
-                self.site_biases[_bias_key(group, name)] = bias
+                self.site_biases[parameter_name(group, name)] = bias
             # sites come in map order, heads want them by position: there and back
             self.register_buffer(f"_order_{number}", site_rows(places), persistent=False)
             self.register_buffer(f"_back_{number}", site_rows(places).argsort(), persistent=False)
@@ -117,7 +117,7 @@ class Heads(nn.Module):
         if not self.site_biases:
             return made
         return {
-            name: tensor + self._specs[group][name].scaled(self.site_biases[_bias_key(group, name)][sites])
+            name: tensor + self._specs[group][name].scaled(self.site_biases[parameter_name(group, name)][sites])
             for name, tensor in made.items()
         }
 
@@ -128,10 +128,6 @@ class _Part:
     def __init__(self, rows: slice, keys: Mapping[str, str]) -> None:
         self.rows = rows
         self.keys = keys
-
-
-def _bias_key(group: str, name: str) -> str:
-    return f"{group}/{name}".replace("/", "__")
 
 
 def head_weights(generator: nn.Module) -> frozenset[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.model.generation import AtOnce, Beside, Generation
-from hyperscale.model.generators.generator import GroupSpecs
+from hyperscale.model.generators.generator import GroupSpecs, parameter_name
 from hyperscale.model.generators.starts import start_stored
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
@@ -21,7 +21,7 @@ class WeightTable(nn.Module):
         self._names: dict[tuple[str, str], str] = {}
         for group, sites in site_map.groups.items():
             for name, spec in specs[group].items():
-                key = f"{group}/{name}".replace("/", "__")
+                key = parameter_name(group, name)
                 start = torch.empty(num_sets, len(sites), *spec.shape)
                 start_stored(start, spec)
                 self.register_parameter(key, nn.Parameter(start))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hyperscale.config.adaptation import PerLayerSettings
 from hyperscale.model.generation import AtOnce, Generation
-from hyperscale.model.generators.generator import GroupSpecs
+from hyperscale.model.generators.generator import GroupSpecs, parameter_name
 from hyperscale.model.generators.heads import SiteHeads
 from hyperscale.model.generators.starts import start_trunk
 from hyperscale.model.sites import SiteMap
@@ -34,9 +34,7 @@ class PerLayer(nn.Module):
         )
         if init == "paper":
             start_trunk(self.project)
-        self._keys = {
-            group: {name: f"{group}/{name}".replace("/", "__") for name in specs[group]} for group in site_map.groups
-        }
+        self._keys = {group: {name: parameter_name(group, name) for name in specs[group]} for group in site_map.groups}
         self.heads = nn.ModuleDict(
             {
                 self._keys[group][name]: SiteHeads(len(sites), settings.code_dim, spec)
