@@ -1,6 +1,8 @@
 """What every test may use."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,3 +51,19 @@ def _same_environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+@pytest.fixture
+def nothing_is_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread running or the environment changed."""
+
+    def environment() -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "_MLFLOW_"))}
+
+    before, threads = environment(), set(threading.enumerate())
+    yield
+    assert environment() == before
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - threads and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert set(threading.enumerate()) <= threads

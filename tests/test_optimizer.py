@@ -72,4 +72,4 @@ def test_a_generated_weight_moves_as_far_as_a_stored_one(tiny_llama_folder: Path
         after = torch.cat([made.flatten() for made in tensors_of(generator(torch.tensor([1])))])
         changes[ratio] = float((after - before).detach().abs().mean())
     assert changes[1.0] == pytest.approx(64 * changes[1 / 64], rel=0.01)
-    assert 0.1 * RATE < changes[1 / 64] < RATE
+    assert 0.5 * RATE < changes[1 / 64] < RATE

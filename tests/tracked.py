@@ -1,0 +1,60 @@
+"""Records of a run as a trainer tells them, for the tests of what writes them down."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from hyperscale.train.callbacks import EvaluationRecord, RunFacts, StepRecord
+
+SECRET = "postgresql://someone:hunter2@db:5432/mlflow"
+
+
+def make_facts(folder: Path | str, **changes: object) -> RunFacts:
+    facts = RunFacts(
+        name="demo",
+        folder=str(folder),
+        recipe={
+            "name": "demo",
+            "adaptation": {"adapters": [{"kind": "lora", "rank": 8}], "generator": {"kind": "hypernetwork"}},
+            "training": {"steps": 100, "betas": [0.9, 0.999], "note": "x" * 9000},
+            "tracking": {"mlflow": {"uri": SECRET}},
+        },
+        tasks=("sst2", "word pairs!"),
+        datasets={
+            "sst2": {"source": "sst2.jsonl", "digest": "d" * 64, "train": 67, "validation": 87},
+            "word pairs!": {"source": "words", "digest": "e" * 64, "train": 10, "validation": 5},
+        },
+        world_size=2,
+        trained_parameters=1_000,
+        total_parameters=100_000,
+        start_step=0,
+        total_steps=100,
+        tracking_state={},
+    )
+    return replace(facts, **changes)
+
+
+def make_step(step: int) -> StepRecord:
+    return StepRecord(
+        step=step,
+        total_steps=100,
+        loss=1 / step,
+        task_losses={"sst2": 0.5 / step, "word pairs!": 1.5 / step},
+        learning_rate=3e-4,
+        grad_norm=math.nan if step == 3 else 0.7,
+        tokens=512,
+        samples=8,
+        step_seconds=0.25,
+        tokens_per_second=2048.0,
+        seconds_left=10.0,
+    )
+
+
+def make_evaluation(step: int, stage: str = "validation", score: float = 80.0) -> EvaluationRecord:
+    scores = {"sst2": {"accuracy": score, "f1": score - 1}, "word pairs!": {"exact_match": score - 20}}
+    return EvaluationRecord(step, stage, scores, samples={"sst2": 87, "word pairs!": 5}, seconds=1.5)
+
+
+def read_lines(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
