@@ -1,7 +1,10 @@
 """Methods, learning rates and seeds with equal budgets: what runs, what runs only once, how sure a difference is."""
 
+import gzip
 import json
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ from mlflow import MlflowClient
 
 from hyperscale.config.comparison import load_comparison
 from hyperscale.data.bootstrap import draw, interval, resampled_scores
-from hyperscale.data.metrics import score
-from hyperscale.data.tasks import Task
+from hyperscale.data.metrics import compute
+from hyperscale.data.tasks import MetricName
 from hyperscale.launch.compare import check_comparison, make_trial
 from hyperscale.launch.predictions import read_predictions
 from tests.command import run
@@ -122,25 +125,50 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
     assert recorded.data.metrics["compare/shared/mean"] == pytest.approx(np.mean(rows["shared"]["means"]))
     assert {file.path for file in client.list_artifacts(recorded.info.run_id)} == {"comparison.md", "comparison.json"}
 
-    # Again: nothing is trained twice, and the table is the same; a run that is gone is trained again, to the same bits.
-    before = {folder: (folder / "result.json").stat().st_mtime_ns for folder in folders}
-    gone = place / "results/runs" / f"shared_lr{rate_of(rows['shared'])}_seed1"
-    kept = (gone / "predictions/test.jsonl").read_bytes()
-    for path in sorted(gone.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    # The records are enough for the same table, in another place and without any run folder.
+    kept = (folder / "predictions/test.jsonl").read_bytes()
+    (place / "results/records").rename(place / "kept")
+    shutil.rmtree(place / "results")
+    file.write_text(yaml.safe_dump(COMPARISON | {"records": "kept"}, sort_keys=False))
     again = run(capsys, "compare", file, "--launcher", "local")
     assert again.code == 0, again.err
-    after = {folder: (folder / "result.json").stat().st_mtime_ns for folder in folders}
-    assert [folder for folder in folders if before[folder] != after[folder]] == [gone]
-    assert (gone / "predictions/test.jsonl").read_bytes() == kept
-    scores = [line.split("|")[1:8] for line in again.out.splitlines() if line.startswith("| ")]
-    assert scores == [line.split("|")[1:8] for line in compared.out.splitlines() if line.startswith("| ")]
+    assert again.out == compared.out
+    assert not (place / "results/runs").exists()
+    records = sorted((place / "kept").iterdir())
+    assert [record.name for record in records] == [f"{one.name}.json.gz" for one in folders]
+    assert not [record for record in records if str(place / "results").encode() in gzip.decompress(record.read_bytes())]
 
-    # Other settings under the same names are not taken for these.
-    file.write_text(yaml.safe_dump(COMPARISON | {"settings": {"training.steps": 6}}, sort_keys=False))
+    # A run whose record is gone too is trained again, to the same answers.
+    record = place / "kept" / f"{folder.name}.json.gz"
+    before = json.loads(gzip.decompress(record.read_bytes()))
+    record.unlink()
+    mended = run(capsys, "compare", file, "--launcher", "local")
+    assert mended.code == 0, mended.err
+    assert list((place / "results/runs").iterdir()) == [folder]
+    assert (folder / "predictions/test.jsonl").read_bytes() == kept
+    after = json.loads(gzip.decompress(record.read_bytes()))
+    assert {key: value for key, value in after.items() if key != "step_seconds"} == {
+        key: value for key, value in before.items() if key != "step_seconds"
+    }
+
+    # Neither a run nor a record of other settings is taken for this one's; a damaged record is named.
+    other = yaml.safe_dump(COMPARISON | {"settings": {"training.steps": 6}, "records": "kept"}, sort_keys=False)
+    file.write_text(other)
     refused = run(capsys, "compare", file, "--launcher", "local")
-    assert refused.code != 0
-    assert "holds a run of other settings (training.steps was 4, is 6)" in refused.errors[0]
+    assert refused.code == 1
+    assert "holds a record of hypernetwork_lr0.001_seed0 of other settings (training.steps was 4, is 6)" in refused.err
+    file.write_text(other.replace("kept", "none"))
+    methods = ["--only", "hypernetwork"]
+    (place / "results/runs/hypernetwork_lr0.001_seed0").mkdir()
+    shutil.copy(folder / "recipe.yaml", place / "results/runs/hypernetwork_lr0.001_seed0")
+    refused = run(capsys, "compare", file, "--launcher", "local", *methods)
+    assert refused.code == 1
+    assert "hypernetwork_lr0.001_seed0 holds a run of other settings (" in refused.err
+    file.write_text(yaml.safe_dump(COMPARISON | {"records": "kept"}, sort_keys=False))
+    record.write_bytes(record.read_bytes()[:100])
+    refused = run(capsys, "compare", file, "--launcher", "local")
+    assert refused.code == 1
+    assert f"{record} is damaged or of another version; restore it, or delete it" in refused.err
 
 
 def rate_of(row: dict[str, float]) -> str:
@@ -188,33 +216,41 @@ def test_rates_and_seeds_are_all_that_differs(place: Path) -> None:
     assert one.data.tasks == (str(place / "mood.yaml"), str(place / "size.yaml"))
 
 
-def test_resampling_against_scoring_row_by_row() -> None:
+@pytest.mark.parametrize("metric", get_args(MetricName))
+def test_resampling_against_scoring_row_by_row(metric: MetricName) -> None:
     generator = np.random.default_rng(0)
-    words = ["yes", "no"]
-    references = [words[number] for number in generator.integers(0, 2, 50)]
-    runs = [[words[number] for number in generator.integers(0, 2, 50)] for _ in range(2)]
+    words = {"pearson": ["1", "2.5", "none"], "spearman": ["1", "2.5", "none"]}.get(metric, ["yes", "no", "maybe"])
+    if metric == "span_f1":
+        words = ["O B-city I-city", "B-city O I-city", "B-day B-day", "O", "I-city"]
+    allowed = [word for word in words if word != "none"]
+    references = [f" {allowed[number]}" for number in generator.integers(0, len(allowed), 50)]
+    runs = [[words[number] for number in generator.integers(0, len(words), 50)] for _ in range(2)]
+    runs.append(references)
     rows = draw(generator, 20, 50)
     assert rows.shape == (20, 50)
     assert rows.min() >= 0
     assert rows.max() == 49
-    for metric in ("accuracy", "macro_f1", "mcc"):
-        task = Task(
-            name="x",
-            source="x",
-            input="{a}",
-            target="{b}",
-            labels={"yes": "yes", "no": "no"},
-            label_column="b",
-            metrics=[metric],
-        )
-        found = resampled_scores(task, references, runs, rows)
-        plain = [
-            [score(task, [run[row] for row in drawn], [references[row] for row in drawn])[metric] for drawn in rows]
-            for run in runs
+    found = resampled_scores(metric, references, runs, rows, "yes")
+    plain = [
+        [
+            compute([metric], [run[row] for row in drawn], [references[row] for row in drawn], "yes")[metric]
+            for drawn in rows
         ]
-        assert found == pytest.approx(np.array(plain))
-    low, high = interval(np.arange(1001.0))
-    assert (low, high) == pytest.approx((25.0, 975.0))
+        for run in runs
+    ]
+    assert found == pytest.approx(np.array(plain), abs=1e-9)
+    assert found[2] == pytest.approx(100)
+    assert np.ptp(found[:2]) > 0
+
+
+def test_the_f1_of_nothing_is_0() -> None:
+    rows = np.zeros((1, 1), dtype=np.int64)
+    assert resampled_scores("span_f1", ["O O"], [["O O"]], rows).tolist() == [[0.0]]
+    assert resampled_scores("f1", ["no"], [["no"]], rows, "yes").tolist() == [[0.0]]
+
+
+def test_an_interval_is_the_middle_95_percent() -> None:
+    assert interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
 
 
 COMPARISONS = sorted(

@@ -31,6 +31,9 @@ class Comparison(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = Field(min_length=1)
     """Folder of the runs and of the table, relative to this file."""
+    records: str | None = Field(default=None, min_length=1)
+    """Folder of what is kept of finished runs, relative to this file; by default `records` in `output`. A run that has
+    a record there is not run again, whoever made it and wherever its folder is."""
     recipe: str = Field(min_length=1)
     """A packaged recipe, or a file relative to this one."""
     settings: Mapping[str, Any] = {}
@@ -63,7 +66,7 @@ class Comparison(Section):
 
 
 def load_comparison(path: Path) -> Comparison:
-    """Read a comparison; `output` and a recipe that is a file become absolute.
+    """Read a comparison; `output`, `records` and a recipe that is a file become absolute.
 
     Raises:
         ConfigError: one line per problem, with its path, the value and what is allowed.
@@ -75,5 +78,10 @@ def load_comparison(path: Path) -> Comparison:
     folder = path.absolute().parent
     beside = folder / comparison.recipe
     recipe = str(beside) if beside.is_file() else comparison.recipe
-    output = str((folder / Path(comparison.output).expanduser()).resolve())
-    return comparison.model_copy(update={"recipe": recipe, "output": output})
+    output = _below(folder, comparison.output)
+    records = _below(folder, comparison.records) if comparison.records else str(Path(output) / "records")
+    return comparison.model_copy(update={"recipe": recipe, "output": output, "records": records})
+
+
+def _below(folder: Path, path: str) -> str:
+    return str((folder / Path(path).expanduser()).resolve())

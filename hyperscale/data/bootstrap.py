@@ -5,37 +5,46 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperscale.data.metrics import score
-from hyperscale.data.tasks import Task
+from hyperscale.data.metrics import compute, f1_counts
+from hyperscale.data.tasks import MetricName
 
 Scores = NDArray[np.float64]
 
-_PER_ROW = ("accuracy", "exact_match")
-"""Metrics that are means over rows: resampling them is an average of hits."""
+_MEANS = ("accuracy", "exact_match")
 
 
 def resampled_scores(
-    task: Task, references: Sequence[str], predictions: Sequence[Sequence[str]], rows: NDArray[np.int64]
+    metric: MetricName,
+    references: Sequence[str],
+    predictions: Sequence[Sequence[str]],
+    rows: NDArray[np.int64],
+    positive: str | None = None,
 ) -> Scores:
-    """Return the task's main score, in percent, of each run on each resample.
+    """Return a metric, in percent, of each run on each resample.
 
     Args:
-        references: N answers.
+        metric: as `compute` knows it. Means over rows and F1 are sums of what is counted once for each row.
+        references: N answers, as `comparable` returns them.
         predictions: per run N answers, to the same rows.
         rows: [R, N] row numbers drawn with replacement, the same for all runs.
+        positive: the answer whose F1 is meant by `f1`.
 
     Returns:
         [runs, R].
     """
-    if task.metrics[0] in _PER_ROW and task.tagging is None:
+    if metric in _MEANS:
         expected = np.array([text.strip() for text in references])
         hits = np.stack([np.array([text.strip() for text in run]) == expected for run in predictions])
         return np.stack([100.0 * hits[:, drawn].mean(axis=1) for drawn in rows], axis=1)
-    main = task.model_copy(update={"metrics": task.metrics[:1]})
+    if metric == "f1" or metric == "span_f1":
+        counts = np.stack([f1_counts(metric, run, references, positive) for run in predictions])
+        sums = np.stack([counts[:, drawn].sum(axis=1) for drawn in rows], axis=1)
+        either = sums[..., 1] + sums[..., 2]
+        return np.where(either > 0, 200.0 * sums[..., 0] / np.maximum(either, 1), 0.0)
     return np.array(
         [
             [
-                score(main, [run[row] for row in drawn], [references[row] for row in drawn])[task.metrics[0]]
+                compute((metric,), [run[row] for row in drawn], [references[row] for row in drawn], positive)[metric]
                 for drawn in rows
             ]
             for run in predictions

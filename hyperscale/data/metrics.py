@@ -3,11 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 from seqeval.metrics import f1_score as span_f1_score
-from seqeval.scheme import IOB2
+from seqeval.scheme import IOB2, Entities
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperscale.data import templates
@@ -39,19 +41,48 @@ def compute(
 
 
 def score(task: Task, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return the task's metrics in percent, the main one first.
+    """Return the task's metrics in percent, the main one first."""
+    return compute(task.metrics, *comparable(task, predictions, references), positive_answer(task))
 
-    Answers of sequence labelling are read as BIO tags, one for each word of their reference.
+
+def comparable(task: Task, predictions: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return predictions and references as `compute` takes them.
+
+    Those of sequence labelling become BIO tags with spaces between them, one for each word of the reference: what the
+    words are is not in them any more. Others stay as they are.
     """
-    if task.tagging is not None and task.tagging.format is not None:
-        writing = WRITINGS[task.tagging.format]
-        expected = [writing.reference(text) for text in references]
-        answered = [writing.tags(text, sentence.words) for text, sentence in zip(predictions, expected, strict=True)]
-        predictions, references = [" ".join(tags) for tags in answered], [" ".join(one.tags) for one in expected]
+    if task.tagging is None or task.tagging.format is None:
+        return list(predictions), list(references)
+    writing = WRITINGS[task.tagging.format]
+    expected = [writing.reference(text) for text in references]
+    answered = [writing.tags(text, sentence.words) for text, sentence in zip(predictions, expected, strict=True)]
+    return [" ".join(tags) for tags in answered], [" ".join(sentence.tags) for sentence in expected]
+
+
+def positive_answer(task: Task) -> str | None:
+    """Return the answer whose F1 a task's `f1` is, or None where it names none."""
+    if task.positive_label is None:
+        return None
     answer = templates.parse(task.target)
-    word = task.positive_label
-    positive = answer.render(dict.fromkeys(answer.columns, word)).strip() if word is not None else None
-    return compute(task.metrics, predictions, references, positive)
+    return answer.render(dict.fromkeys(answer.columns, task.positive_label)).strip()
+
+
+def f1_counts(
+    metric: Literal["f1", "span_f1"], predictions: Sequence[str], references: Sequence[str], positive: str | None = None
+) -> NDArray[np.int64]:
+    """Return what the F1 of any choice of rows is made of, as `compute` would count it.
+
+    Returns:
+        [N, 3]: right answers (for `span_f1` spans), given ones, and ones of the references, row by row.
+    """
+    predicted, expected = [text.strip() for text in predictions], [text.strip() for text in references]
+    if metric == "f1":
+        given, true = ([{positive} & {text} for text in texts] for texts in (predicted, expected))
+    else:
+        tags = [text.split() for text in expected]
+        given, true = _spans([_tags(text, len(of)) for text, of in zip(predicted, tags, strict=True)]), _spans(tags)
+    rows = [(len(one & other), len(one), len(other)) for one, other in zip(given, true, strict=True)]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
 def majority_score(task: Task, train: Sequence[Example], evaluation: Sequence[Example]) -> dict[str, float]:
@@ -114,6 +145,12 @@ def _span_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     expected = [text.split() for text in references]
     predicted = [_tags(text, len(tags)) for text, tags in zip(predictions, expected, strict=True)]
     return float(span_f1_score(expected, predicted, mode="strict", scheme=IOB2, zero_division=0))
+
+
+def _spans(sentences: Sequence[list[str]]) -> list[set[Any]]:
+    found = Entities(list(sentences), scheme=IOB2).entities
+    # spans carry the number of their sentence, which is the same on both sides
+    return [{span.to_tuple() for span in spans} for spans in found]
 
 
 def _tags(text: str, count: int) -> list[str]:

@@ -1,6 +1,7 @@
 """`hyperscale compare`: the same recipe under several methods and seeds, with equal budgets, run by run.
 
-A run that has finished is not run again, one that was stopped goes on: a comparison continues where it stood.
+A run that has finished is not run again, one that was stopped goes on: a comparison continues where it stood. What it
+keeps of a finished run is a record (`run_record`); the run's folder is not needed any more then.
 """
 
 import json
@@ -15,11 +16,8 @@ from hyperscale.config.run import Recipe
 from hyperscale.config.yaml_file import read_mapping
 from hyperscale.errors import ConfigError, HyperscaleError, RunFolderError, nearest
 from hyperscale.launch.context import RESULT, RunResult, read_result
+from hyperscale.launch.run_record import RunRecord, changed_setting, read_record, record_run, write_record
 from hyperscale.logger import get_logger
-from hyperscale.tracking.metrics import main_score
-from hyperscale.tracking.params import flatten
-from hyperscale.train.callbacks import EvaluationRecord
-from hyperscale.train.evaluation import VALIDATION
 
 _logger = get_logger(__name__)
 
@@ -39,15 +37,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """A trial and what its runs left."""
+    """A trial and what is kept of its runs."""
 
     trial: Trial
-    results: tuple[RunResult, ...]
+    records: tuple[RunRecord, ...]
 
     @property
     def validation(self) -> float:
         """Mean over the tasks of the last validation score, in percent."""
-        scores = [score for result in self.results for score in _main_scores(result).values()]
+        scores = [score for record in self.records for score in record.validation.values()]
         return sum(scores) / len(scores)
 
 
@@ -101,12 +99,13 @@ def run_comparison(comparison: Comparison, run: RunRecipe) -> Outcome:
     def finish(method: str, rate: float, seed: int) -> FinishedTrial:
         nonlocal done
         trial = make_trial(comparison, method, rate, seed)
-        results = []
+        split = comparison.split if seed in comparison.seeds else None
+        records = []
         for recipe in trial.recipes:
             done += 1
             _logger.info("run %d of %d: %s", done, total, recipe.name)
-            results.append(_finish_run(recipe, Path(comparison.output), run))
-        return FinishedTrial(trial, tuple(results))
+            records.append(_finished_run(comparison, recipe, run, split))
+        return FinishedTrial(trial, tuple(records))
 
     search: dict[str, list[FinishedTrial]] = {}
     final: dict[str, list[FinishedTrial]] = {}
@@ -160,10 +159,24 @@ def _runs_of(recipe: Recipe, method: Method) -> tuple[Recipe, ...]:
     return tuple(recipes)
 
 
+def _finished_run(comparison: Comparison, recipe: Recipe, run: RunRecipe, split: str | None) -> RunRecord:
+    """Return what is kept of a run, running what is not done yet."""
+    assert comparison.records, "load_comparison sets it"
+    records = Path(comparison.records)
+    kept = read_record(records, recipe.name)
+    if kept is not None:
+        _refuse_another(recipe, {**kept.recipe, "output": recipe.output}, f"{records} holds a record of {recipe.name}")
+        return kept
+    record = record_run(recipe, _finish_run(recipe, Path(comparison.output), run), split)
+    write_record(record, records, recipe.name)
+    return record
+
+
 def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
-    """Return a run's result, running what is not done yet."""
     folder = Path(recipe.output)
-    _refuse_another_recipe(recipe, folder)
+    if (folder / "recipe.yaml").is_file():
+        earlier = read_mapping(folder / "recipe.yaml", "a recipe", ConfigError)
+        _refuse_another(recipe, earlier, f"{folder} holds a run")
     if (folder / RESULT).is_file():
         return read_result(recipe.output)
     file = output / "recipes" / f"{recipe.name}.yaml"
@@ -180,23 +193,10 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
         ) from error
 
 
-def _refuse_another_recipe(recipe: Recipe, folder: Path) -> None:
+def _refuse_another(recipe: Recipe, earlier: Mapping[str, Any], what: str) -> None:
     """A run of other settings under the same name must not count as this one's."""
-    earlier = folder / "recipe.yaml"
-    if not earlier.is_file():
-        return
-    was = flatten(dump_recipe(parse_recipe(read_mapping(earlier, "a recipe", ConfigError), str(earlier))))
-    now = flatten(dump_recipe(recipe))
-    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    if changed:
-        first = changed[0]
+    changed = changed_setting(parse_recipe(earlier, what), recipe)
+    if changed is not None:
         raise RunFolderError(
-            f"{folder} holds a run of other settings ({first} was {was.get(first)}, is {now.get(first)}); "
-            "choose another output, or delete that run to have it run again"
+            f"{what} of other settings ({changed}); choose another folder, or delete it to have that run made again"
         )
-
-
-def _main_scores(result: RunResult) -> dict[str, float]:
-    records = [EvaluationRecord(**record) for record in result.evaluations]
-    last = next(record for record in reversed(records) if record.stage == VALIDATION)
-    return {task: score for task, scores in last.scores.items() if (score := main_score(scores)) is not None}

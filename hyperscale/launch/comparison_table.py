@@ -7,18 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
 from hyperscale.data.bootstrap import Scores, draw, interval, resampled_scores
-from hyperscale.data.tasks import Task
 from hyperscale.launch.compare import FinishedTrial, Outcome
-from hyperscale.launch.predictions import TaskAnswers, read_predictions
+from hyperscale.launch.run_record import TaskAnswers
 from hyperscale.launch.worker import tell_comparison
 from hyperscale.tracking.formats import counted, duration
-from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.metrics import key_part
-from hyperscale.tracking.provenance import package_versions
-from hyperscale.train.callbacks import StepRecord
 
 _SEED = 20261125
 """Of the bootstrap: the same runs give the same intervals."""
@@ -60,20 +56,18 @@ class MethodSummary:
 
 
 def summarise(outcome: Outcome) -> list[MethodSummary]:
-    """Read the final predictions of all runs and compare every method with the baseline."""
+    """Compare every method's final answers with the baseline's."""
     comparison = outcome.comparison
-    answers = {
-        method: [_answers(trial, comparison.split) for trial in trials] for method, trials in outcome.final.items()
-    }
-    tasks = _tasks(next(iter(outcome.final.values()))[0])
-    resampled = _resample(answers, tasks, comparison.resamples)
-    observed = {method: _observed(found, tasks) for method, found in answers.items()}
+    answers = {method: [_answers(trial) for trial in trials] for method, trials in outcome.final.items()}
+    resampled = _resample(answers, comparison.resamples)
+    observed = {method: _observed(found) for method, found in answers.items()}
     summaries = []
     for method, trials in outcome.final.items():
         scores = observed[method]
         means = [statistics.fmean(of_seed) for of_seed in zip(*scores.values(), strict=True)]
         base = statistics.fmean(score for of_task in observed[comparison.baseline].values() for score in of_task)
-        tokens, seconds = _training(trials)
+        tokens = sum(record.tokens for trial in trials for record in trial.records)
+        seconds = sum(record.step_seconds for trial in trials for record in trial.records)
         summaries.append(
             MethodSummary(
                 method=method,
@@ -83,7 +77,7 @@ def summarise(outcome: Outcome) -> list[MethodSummary]:
                 means=means,
                 difference=statistics.fmean(means) - base,
                 interval=interval(resampled[method] - resampled[comparison.baseline]),
-                parameters_per_task=sum(run.trained_parameters for run in trials[0].results) / len(tasks),
+                parameters_per_task=sum(one.trained_parameters for one in trials[0].records) / len(scores),
                 tokens_per_second=tokens / seconds if seconds else 0.0,
                 seconds=seconds / len(trials),
             )
@@ -91,61 +85,37 @@ def summarise(outcome: Outcome) -> list[MethodSummary]:
     return summaries
 
 
-def _answers(finished: FinishedTrial, split: str) -> dict[str, TaskAnswers]:
+def _answers(finished: FinishedTrial) -> dict[str, TaskAnswers]:
+    return {task: found for record in finished.records for task, found in record.answers.items()}
+
+
+def _observed(answers: Sequence[Mapping[str, TaskAnswers]]) -> dict[str, list[float]]:
+    """Return task -> main score per seed."""
     return {
-        task: found for result in finished.results for task, found in read_predictions(result.folder, split).items()
+        task: _scores(task, answers, np.arange(len(found.references))[None])[:, 0].tolist()
+        for task, found in answers[0].items()
     }
 
 
-def _tasks(finished: FinishedTrial) -> dict[str, Task]:
-    """Return the tasks as they were trained, with the labels that were found in their rows."""
-    stored = [
-        Task.model_validate(task)
-        for result in finished.results
-        for task in load_checkpoint(find_checkpoint(result.folder), only=()).state["tasks"]
-    ]
-    return {task.name: task for task in stored}
-
-
-def _observed(answers: Sequence[Mapping[str, TaskAnswers]], tasks: Mapping[str, Task]) -> dict[str, list[float]]:
-    """Return task -> main score per seed."""
-    scores = {}
-    for name, task in tasks.items():
-        references = answers[0][name].references
-        every_row = np.arange(len(references))[None]
-        runs = [of_seed[name].predictions for of_seed in answers]
-        scores[name] = resampled_scores(task, references, runs, every_row)[:, 0].tolist()
-    return scores
-
-
-def _resample(
-    answers: Mapping[str, Sequence[Mapping[str, TaskAnswers]]], tasks: Mapping[str, Task], resamples: int
-) -> dict[str, Scores]:
+def _resample(answers: Mapping[str, Sequence[Mapping[str, TaskAnswers]]], resamples: int) -> dict[str, Scores]:
     """Return method -> mean score [R] over tasks and seeds, rows and seeds drawn alike for all methods."""
     generator = np.random.default_rng(_SEED)
-    num_seeds = len(next(iter(answers.values())))
-    seeds = draw(generator, resamples, num_seeds)
+    first = next(iter(answers.values()))
+    seeds = draw(generator, resamples, len(first))
     totals = {method: np.zeros(resamples) for method in answers}
-    for name, task in tasks.items():
-        references = next(iter(answers.values()))[0][name].references
-        rows = draw(generator, resamples, len(references))
+    for task, found in first[0].items():
+        rows = draw(generator, resamples, len(found.references))
         for method, of_method in answers.items():
-            runs = [of_seed[name].predictions for of_seed in of_method]
-            scores = resampled_scores(task, references, runs, rows)
-            totals[method] += np.take_along_axis(scores, seeds.T, axis=0).mean(axis=0) / len(tasks)
+            scores = _scores(task, of_method, rows)
+            totals[method] += np.take_along_axis(scores, seeds.T, axis=0).mean(axis=0) / len(first[0])
     return totals
 
 
-def _training(trials: Sequence[FinishedTrial]) -> tuple[int, float]:
-    """Return the real tokens and the seconds of all steps."""
-    steps = [
-        entry.record
-        for finished in trials
-        for result in finished.results
-        for entry in read_entries(result.folder)
-        if isinstance(entry.record, StepRecord)
-    ]
-    return sum(step.tokens for step in steps), sum(step.step_seconds for step in steps)
+def _scores(task: str, answers: Sequence[Mapping[str, TaskAnswers]], rows: NDArray[np.int64]) -> Scores:
+    """Return one task's main score [seeds, R] on chosen rows [R, N]."""
+    first = answers[0][task]
+    runs = [of_seed[task].predictions for of_seed in answers]
+    return resampled_scores(first.metrics[0], first.references, runs, rows, first.positive)
 
 
 def publish(outcome: Outcome) -> str:
@@ -153,13 +123,28 @@ def publish(outcome: Outcome) -> str:
     summaries = summarise(outcome)
     text, output = markdown(outcome, summaries), Path(outcome.comparison.output)
     files = [output / "comparison.md", output / "comparison.json"]
-    report = {"comparison": outcome.comparison.model_dump(mode="json"), "methods": [asdict(one) for one in summaries]}
+    report = {
+        "comparison": outcome.comparison.model_dump(mode="json", exclude={"output", "records"}),
+        "methods": [asdict(one) for one in summaries],
+        "versions": _versions(outcome),
+    }
+    output.mkdir(parents=True, exist_ok=True)
     files[0].write_text(text, encoding="utf-8")
-    files[1].write_text(json.dumps(report | {"versions": package_versions()}, indent=2) + "\n", encoding="utf-8")
+    files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     recipe = next(iter(outcome.final.values()))[0].trial.recipes[0]
     if recipe.tracking.mlflow.enabled:
         tell_comparison(recipe, outcome.comparison.name, metrics(summaries), files)
     return text
+
+
+def _versions(outcome: Outcome) -> dict[str, list[str]]:
+    """Return package -> the versions that the runs used, more than one where they were made at different times."""
+    found: dict[str, set[str]] = {}
+    for trials in (*outcome.search.values(), *outcome.final.values()):
+        for record in (record for trial in trials for record in trial.records):
+            for package, version in record.versions.items():
+                found.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in found.items()}
 
 
 def metrics(summaries: Sequence[MethodSummary]) -> dict[str, float]:
@@ -184,7 +169,7 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
     first = next(iter(outcome.final.values()))[0]
     recipe = first.trial.recipes[0]
     tasks = list(summaries[0].task_scores)
-    samples = {task: len(found.references) for task, found in _answers(first, comparison.split).items()}
+    samples = {task: len(found.references) for task, found in _answers(first).items()}
     columns = ["method", "learning rate", "mean", f"against {comparison.baseline}", "95 % interval", "verdict"]
     columns += [*tasks, "parameters a task", "tokens/s", "training"]
     about = (
