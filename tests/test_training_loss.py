@@ -1,11 +1,14 @@
-"""What a step minimises: mean over tokens, mean over samples or the sum over tokens, with smoothed labels."""
+"""What a step minimises: means that weigh samples by their label tokens, or a sum, with smoothed labels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from hyperscale.model.adapted import token_losses
+from hyperscale.data.collate import Batch
+from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 from tests.runs import corpus_of, engine_of, loader_of, make_recipe, write_tasks
 
 
@@ -20,10 +23,24 @@ def test_label_smoothing_is_the_published_formula():
     torch.testing.assert_close(token_losses(logits, targets), plain, rtol=1e-5, atol=1e-6)
 
 
+def sample_losses(model: AdaptedModel, batches: Sequence[Batch], label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return each sample's mean loss over its label tokens, and how many it has."""
+    losses, sizes = [], []
+    for batch in batches:
+        positions, targets, samples = label_positions(batch.labels, model.architecture.is_encoder_decoder)
+        tasks, slots = torch.unique(batch.task_index, return_inverse=True)
+        with torch.no_grad(), model.answering(tasks, slots):
+            logits = model.label_logits(batch.input_ids, batch.attention_mask, batch.labels, positions)
+        of_tokens = token_losses(logits, targets, label_smoothing).double()
+        losses += [of_tokens[samples == sample].mean() for sample in range(len(batch.labels))]
+        sizes += [(samples == sample).sum() for sample in range(len(batch.labels))]
+    return torch.stack(losses), torch.stack(sizes)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_sum_is_the_mean_times_the_steps_label_tokens(tiny_t5_folder: Path, tmp_path: Path, label_smoothing: float):
-    results, tokens = {}, 0
-    for loss in ("token_mean", "sample_mean", "token_sum"):
+def test_what_a_sample_weighs(tiny_t5_folder: Path, tmp_path: Path, label_smoothing: float):
+    results = {}
+    for loss in ("token_mean", "square_mean", "sample_mean", "token_sum"):
         recipe = make_recipe(
             tiny_t5_folder,
             write_tasks(tmp_path / "tasks"),
@@ -39,10 +56,14 @@ def test_a_sum_is_the_mean_times_the_steps_label_tokens(tiny_t5_folder: Path, tm
         )
         engine, corpus = engine_of(recipe), corpus_of(recipe)
         batches = loader_of(recipe, corpus, 0, 1).next_step()
-        tokens = sum(batch.num_label_tokens for batch in batches)
-        results[loss] = engine.train_step(batches, 0)
-    assert tokens > 8
-    assert results["token_sum"].loss == pytest.approx(tokens * results["token_mean"].loss, rel=1e-6)
+        losses, sizes = sample_losses(engine.model, batches, label_smoothing)
+        assert sizes.unique().numel() > 1
+        result = results[loss] = engine.train_step(batches, 0)
+        if loss == "token_sum":
+            assert result.loss == pytest.approx((losses * sizes).sum().item(), rel=1e-5)
+            continue
+        weights = sizes ** {"token_mean": 1.0, "square_mean": 0.5, "sample_mean": 0.0}[loss]
+        assert result.loss == pytest.approx(((losses * weights).sum() / weights.sum()).item(), rel=1e-5)
+    tokens = sizes.sum().item()
     assert results["token_sum"].grad_norm == pytest.approx(tokens * results["token_mean"].grad_norm, rel=1e-5)
     assert results["token_sum"].task_losses == pytest.approx(results["token_mean"].task_losses, rel=1e-6)
-    assert results["sample_mean"].loss != pytest.approx(results["token_mean"].loss, rel=1e-4)

@@ -114,7 +114,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "t5",
         {
             "adaptation": {"generator": {"kind": "independent"}},
-            "training": {"loss": "sample_mean", "label_smoothing": 0.1, "micro_batch_size": 2},
+            "training": {"loss": "square_mean", "label_smoothing": 0.1, "micro_batch_size": 2},
         },
     ),
     **{

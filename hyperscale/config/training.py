@@ -34,9 +34,10 @@ class TrainingSettings(Section):
     micro_batch_size: int = Field(default=8, ge=1)
     """Samples that one rank runs at once."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    loss: Literal["token_mean", "sample_mean", "token_sum"] = "token_mean"
-    """Mean over the step's label tokens; or over its samples (so that long targets do not drown short ones); or their
-    sum, as HyperFormer's code has it: its gradient grows with the step, so that `clip_norm` then always acts."""
+    loss: Literal["token_mean", "square_mean", "sample_mean", "token_sum"] = "token_mean"
+    """What a sample of n label tokens weighs: n (the mean over the step's label tokens), √n (square averaging, InternVL
+    2.5, arXiv 2412.05271) or 1 (the mean over samples, so that long targets do not drown short ones). Or the sum over
+    label tokens, as HyperFormer's code has it: its gradient grows with the step, so `clip_norm` then always acts."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over the vocabulary."""
     evaluate_every: int | None = Field(default=None, ge=1)

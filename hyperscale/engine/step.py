@@ -18,8 +18,8 @@ from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 _BUCKET_NUMEL = 32 * 1024 * 1024
 """Elements of one gradient all-reduce: 128 MiB of fp32, beyond which larger messages gain nothing."""
 
-_NORMALISERS = {"token_mean": -4, "sample_mean": -3, "token_sum": None}
-"""Where in the totals the number is that the loss is divided by; None = by nothing."""
+_EXPONENTS = {"token_mean": 1.0, "square_mean": 0.5, "sample_mean": 0.0, "token_sum": 1.0}
+"""A sample of n label tokens weighs n to this power in the loss."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,8 @@ class TrainingStep:
     def _run_batch(self, batch: Batch, adapted: AbstractContextManager[None], totals: "_Totals") -> None:
         """Leave one micro-batch's gradients where it takes its weights from, and add its losses to `totals`."""
         positions, targets, samples = label_positions(batch.labels, self.model.architecture.is_encoder_decoder)
-        if self.settings.loss == "sample_mean":
-            weights = 1.0 / torch.bincount(samples, minlength=len(batch.labels))[samples].float()
-        else:
-            weights = torch.ones(len(targets))
+        sizes = torch.bincount(samples, minlength=len(batch.labels))[samples].float()
+        weights = sizes ** (_EXPONENTS[self.settings.loss] - 1)
         token_tasks = batch.task_index[samples].to(self.device)
         with adapted:
             logits = self.model.label_logits(
@@ -71,7 +69,7 @@ class TrainingStep:
             losses = token_losses(logits, targets.to(self.device), self.settings.label_smoothing)
             objective = (losses * weights.to(self.device)).sum()
             objective.backward()
-        totals.add(objective.detach(), losses.detach(), token_tasks, batch)
+        totals.add(objective.detach(), weights.sum().item(), losses.detach(), token_tasks, batch)
 
     def _reduce(self, totals: "_Totals") -> None:
         """Sum gradients and totals over ranks, then divide the gradients; nothing here waits for a GPU."""
@@ -85,17 +83,16 @@ class TrainingStep:
             self.collective.sum(flat)
             for tensor, reduced in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(reduced.view_as(tensor))
-        place = _NORMALISERS[self.settings.loss]
-        if place is not None:
+        if self.settings.loss != "token_sum":
             for gradient in gradients:
-                gradient.div_(totals.flat[place])
+                gradient.div_(totals.weight)
 
 
 @dataclass(frozen=True)
 class _Totals:
     """Sums of a step in one fp32 vector, to travel with the gradients.
 
-    Losses and label tokens per task; then label tokens, samples, tokens and objective of them all.
+    Losses and label tokens per task; then weight, samples, tokens and objective of them all.
     """
 
     flat: Tensor
@@ -105,18 +102,22 @@ class _Totals:
     def zeros(num_tasks: int, device: torch.device) -> "_Totals":
         return _Totals(torch.zeros(2 * num_tasks + 4, device=device), num_tasks)
 
-    def add(self, objective: Tensor, losses: Tensor, token_tasks: Tensor, batch: Batch) -> None:
+    @property
+    def weight(self) -> Tensor:
+        """The sum of all label tokens' weights in the objective."""
+        return self.flat[-4]
+
+    def add(self, objective: Tensor, weight: float, losses: Tensor, token_tasks: Tensor, batch: Batch) -> None:
         self.flat[: self.num_tasks].index_add_(0, token_tasks, losses)
         self.flat[self.num_tasks : 2 * self.num_tasks].index_add_(0, token_tasks, torch.ones_like(losses))
-        counts = torch.tensor([len(token_tasks), len(batch.task_index), batch.num_tokens], device=self.flat.device)
+        counts = torch.tensor([weight, len(batch.task_index), batch.num_tokens], device=self.flat.device)
         self.flat[-4:-1] += counts
         self.flat[-1] += objective
 
     def result(self, loss: str, learning_rate: float, grad_norm: Tensor) -> StepResult:
         """Read everything at once: the only place of a step where the host waits for a GPU."""
         *values, norm = torch.cat([self.flat, grad_norm.to(self.flat.dtype).view(1)]).tolist()
-        place = _NORMALISERS[loss]
-        normaliser = 1.0 if place is None else values[place]
+        normaliser = 1.0 if loss == "token_sum" else values[-4]
         sums, counts = values[: self.num_tasks], values[self.num_tasks : 2 * self.num_tasks]
         return StepResult(
             loss=values[-1] / normaliser,
