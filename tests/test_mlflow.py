@@ -136,6 +136,32 @@ def test_a_whole_run_in_mlflow_on_sqlite_and_its_resume(tmp_path: Path, monkeypa
     assert (known.num_sent, known.reference.run_id) == (0, run.info.run_id)
 
 
+def test_what_a_killed_process_had_not_sent_arrives_with_the_next_one(tmp_path: Path) -> None:
+    settings, root = MlflowSettings(artifacts=False), str(tmp_path)
+    opened, mirror = MlflowTracker(settings, root, "key", {}), JsonlTracker(str(tmp_path), "key")
+    for callback in (opened, mirror):
+        callback.on_run_start(make_facts(tmp_path))
+    opened.on_step(make_step(1))
+    opened.on_run_end(RunOutcome("failed", 1, 1.0))
+    # Steps 2 to 5 are in the mirror alone, as after a kill between the two; the run goes on from step 4.
+    for step in range(1, 5):
+        mirror.on_step(make_step(step))
+    mirror.on_evaluation(make_evaluation(4))
+    mirror.on_step(make_step(5))
+
+    facts = make_facts(tmp_path, start_step=4, tracking_state=opened.state())
+    resumed = MlflowTracker(settings, root, "key", {})
+    resumed.on_run_start(facts)
+    resumed.on_step(make_step(6))
+    resumed.on_run_end(RunOutcome("finished", 6, 1.0))
+    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
+    run_id = str(resumed.state()["mlflow_run_id"])
+    # Once each, and nothing past the step that the run goes on from: it makes that anew.
+    assert history(client, run_id, "train/loss") == [(step, 1 / step) for step in (1, 2, 3, 4, 6)]
+    assert history(client, run_id, "eval/sst2/accuracy") == [(4, 80.0)]
+    mirror.on_run_end(RunOutcome("finished", 6, 1.0))
+
+
 def test_a_run_restarted_before_its_first_checkpoint_stays_one_run(tmp_path: Path) -> None:
     settings, root = MlflowSettings(artifacts=False), str(tmp_path)
     first = MlflowTracker(settings, root, "key", {})

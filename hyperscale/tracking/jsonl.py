@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from hyperscale.errors import RunFolderError
 from hyperscale.logger import get_logger
+from hyperscale.tracking.metrics import Point, evaluation_metrics, points, run_metrics, step_metrics
 from hyperscale.tracking.params import without_credentials
 from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
@@ -61,6 +62,24 @@ def read_entries(folder: str) -> Iterator[Entry]:
             entry = _parse(line)
             if entry is not None:
                 yield entry
+
+
+def recorded_points(entries: Iterable[Entry]) -> list[Point]:
+    """Return the numbers of a run's entries, one per key and step; what was recorded last counts."""
+    newest: dict[tuple[str, int], Point] = {}
+    for entry in entries:
+        match entry.record:
+            case RunFacts() as facts:
+                values = run_metrics(facts)
+            case StepRecord() as record:
+                values = step_metrics(record)
+            case EvaluationRecord() as record:
+                values = evaluation_metrics(record)
+            case _:
+                continue
+        for point in points(values, entry.step, entry.time):
+            newest[point.key, point.step] = point
+    return list(newest.values())
 
 
 class JsonlTracker:

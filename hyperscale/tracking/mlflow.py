@@ -23,6 +23,7 @@ from requests.exceptions import RequestException
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError
 from hyperscale.logger import get_logger
+from hyperscale.tracking.jsonl import read_entries, recorded_points
 from hyperscale.tracking.metrics import Point, evaluation_metrics, key_part, points, run_metrics, step_metrics
 from hyperscale.tracking.outbox import Outbox
 from hyperscale.tracking.params import flatten, without_credentials
@@ -30,7 +31,7 @@ from hyperscale.tracking.patience import impatient
 from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 # MLflow's own limits (mlflow.utils.validation).
-_KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH, _BATCH = 250, 6000, 8000, 36, 100
+_KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH, _BATCH, _POINTS = 250, 6000, 8000, 36, 100, 1000
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED")
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _KEY_TAG = "hyperscale.run_key"
@@ -80,9 +81,13 @@ class MlflowRun:
         metrics = [Metric(point.key[:_KEY_LENGTH], point.value, int(point.time * 1000), point.step) for point in points]
         self._client.log_batch(self.reference.run_id, metrics=metrics)
 
-    def logged_steps(self, key: str) -> set[int]:
-        """Return the steps at which a metric has a value."""
-        return {metric.step for metric in self._client.get_metric_history(self.reference.run_id, key)}
+    def log_missing(self, points: Sequence[Point]) -> int:
+        """Record the points of whose key and step the run has no value yet; return how many there were."""
+        logged = {key: self._logged_steps(key) for key in {point.key for point in points}}
+        missing = [point for point in points if point.step not in logged[point.key]]
+        for first in range(0, len(missing), _POINTS):
+            self.log(missing[first : first + _POINTS])
+        return len(missing)
 
     def tag(self, key: str, value: str) -> None:
         self._client.set_tag(self.reference.run_id, key, value[:_TAG_LENGTH])
@@ -105,6 +110,9 @@ class MlflowRun:
         status = _STATUS[outcome.status]
         if self._client.get_run(run_id).info.status != status:
             self._client.set_terminated(run_id, status)
+
+    def _logged_steps(self, key: str) -> set[int]:
+        return {metric.step for metric in self._client.get_metric_history(self.reference.run_id, key)}
 
 
 def tracking_uri(settings: MlflowSettings, default_root: str) -> str:
@@ -181,6 +189,8 @@ class MlflowTracker:
         self._outbox.call(run.reopen)
         self._outbox.call(lambda: run.describe(facts, self._tags, self._settings.artifacts))
         self._put(run_metrics(facts), facts.start_step)
+        if facts.start_step > 0:
+            self._outbox.call(lambda: self._make_good(run, facts))
         if self._settings.log_system_metrics:
             self._outbox.call(self._start_monitor)
 
@@ -222,6 +232,13 @@ class MlflowTracker:
     def _put(self, values: Mapping[str, float], step: int) -> None:
         if self._outbox:
             self._outbox.put(points(values, step, time.time()))
+
+    def _make_good(self, run: MlflowRun, facts: RunFacts) -> None:
+        """Send what the JSONL mirror has of the steps before a restart: a killed process takes its outbox with it."""
+        with suppress(FileNotFoundError):
+            run.log_missing(
+                recorded_points(entry for entry in read_entries(facts.folder) if entry.step <= facts.start_step)
+            )
 
     def _open(self, facts: RunFacts) -> MlflowRun:
         run_id = facts.tracking_state.get("mlflow_run_id")

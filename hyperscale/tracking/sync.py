@@ -1,6 +1,5 @@
 """Bring MLflow up to date with a run folder's JSONL: after its server was away, or to copy a run to another one."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +7,11 @@ from pydantic import ValidationError
 
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError, RunFolderError
-from hyperscale.tracking.jsonl import METRICS_FILE, Entry, read_entries
-from hyperscale.tracking.metrics import Point, evaluation_metrics, points, run_metrics, step_metrics
+from hyperscale.tracking.jsonl import METRICS_FILE, Entry, read_entries, recorded_points
 from hyperscale.tracking.mlflow import RunReference, clear_errors, open_run, tracking_uri
 from hyperscale.tracking.patience import impatient
 from hyperscale.tracking.report import mlflow_place
-from hyperscale.train.callbacks import EvaluationRecord, RunFacts, RunOutcome, StepRecord
-
-_BATCH = 1000
+from hyperscale.train.callbacks import RunFacts, RunOutcome
 
 
 @dataclass(frozen=True)
@@ -54,14 +50,11 @@ def sync_to_mlflow(folder: str, settings: MlflowSettings, default_root: str) -> 
     with impatient(), clear_errors(uri):
         run = open_run(settings, default_root, run_key, facts.name, facts.tracking_state.get("mlflow_run_id"))
         run.describe(facts, {}, settings.artifacts)
-        all_points = _points(entries)
-        logged = {key: run.logged_steps(key) for key in {point.key for point in all_points}}
-        missing = [point for point in all_points if point.step not in logged[point.key]]
-        for first in range(0, len(missing), _BATCH):
-            run.log(missing[first : first + _BATCH])
+        all_points = recorded_points(entries)
+        num_sent = run.log_missing(all_points)
         if isinstance(entries[-1].record, RunOutcome):
             run.close(entries[-1].record, settings.artifacts)
-    return SyncReport(run.reference, len(missing), len(all_points) - len(missing))
+    return SyncReport(run.reference, num_sent, len(all_points) - num_sent)
 
 
 def _read(folder: str) -> list[Entry]:
@@ -76,21 +69,3 @@ def _last_start(folder: str, entries: list[Entry]) -> tuple[RunFacts, str]:
         if isinstance(entry.record, RunFacts) and entry.run_key is not None:
             return entry.record, entry.run_key
     raise RunFolderError(f"{folder}/{METRICS_FILE} does not tell which run it records: its first line is missing.")
-
-
-def _points(entries: Iterable[Entry]) -> list[Point]:
-    """Return one point per key and step; what was recorded last counts."""
-    newest: dict[tuple[str, int], Point] = {}
-    for entry in entries:
-        match entry.record:
-            case RunFacts() as facts:
-                values = run_metrics(facts)
-            case StepRecord() as record:
-                values = step_metrics(record)
-            case EvaluationRecord() as record:
-                values = evaluation_metrics(record)
-            case _:
-                continue
-        for point in points(values, entry.step, entry.time):
-            newest[point.key, point.step] = point
-    return list(newest.values())
