@@ -186,6 +186,10 @@ def rate_of(row: dict[str, float]) -> str:
         ({"learning_rates": [0.1, 0.1]}, "learning_rates lists a value more than once"),
         ({"learning_rate": 1}, "learning_rate: unknown key (value 1). Did you mean 'learning_rates'?"),
         ({"settings": {"training.stpes": 4}}, "training.stpes: unknown key (value 4). Did you mean 'steps'?"),
+        (
+            {"methods": COMPARISON["methods"] | {"shared": {"settings": {"training.loss": "sqare_mean"}}}},
+            "method shared, ",
+        ),
         ({"settings": {"training.steps": 3}}, "single_task divides training.steps 3 among 2 tasks"),
         ({"recipe": "reciep.yaml"}, "recipe file 'reciep.yaml' does not exist"),
     ],

@@ -133,7 +133,10 @@ def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: 
         "export.enabled": False,
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    recipe = load_recipe(comparison.recipe, overrides, folder=Path(comparison.output).parent)
+    try:
+        recipe = load_recipe(comparison.recipe, overrides, folder=Path(comparison.output).parent)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"method {method}, {line}" for line in str(error).splitlines())) from error
     return Trial(method, learning_rate, seed, _runs_of(recipe, comparison.methods[method]))
 
 
