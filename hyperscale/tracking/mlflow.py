@@ -190,7 +190,7 @@ class MlflowTracker:
         self._outbox.call(lambda: run.describe(facts, self._tags, self._settings.artifacts))
         self._put(run_metrics(facts), facts.start_step)
         if facts.start_step > 0:
-            self._outbox.call(lambda: self._make_good(run, facts))
+            self._outbox.call(lambda: self._send_missing(run, facts))
         if self._settings.log_system_metrics:
             self._outbox.call(self._start_monitor)
 
@@ -233,7 +233,7 @@ class MlflowTracker:
         if self._outbox:
             self._outbox.put(points(values, step, time.time()))
 
-    def _make_good(self, run: MlflowRun, facts: RunFacts) -> None:
+    def _send_missing(self, run: MlflowRun, facts: RunFacts) -> None:
         """Send what the JSONL mirror has of the steps before a restart: a killed process takes its outbox with it."""
         with suppress(FileNotFoundError):
             run.log_missing(
