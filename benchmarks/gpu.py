@@ -91,12 +91,12 @@ def run_case(case: Case, scratch: Path) -> Case:
     return {**case, **found, "wall_seconds": round(time.monotonic() - start, 1)}
 
 
-def run_stage(stage: str, output: Path, scratch: Path, small: bool) -> dict[str, Case]:
-    """Run the cases of a stage that OUTPUT does not hold yet."""
+def run_stage(stage: str, output: Path, scratch: Path, small: bool, only: str = "") -> dict[str, Case]:
+    """Run the cases of a stage that OUTPUT does not hold yet, of those with `only` in their name."""
     file = output / f"{stage}.json"
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cases": {}}
     for name, case in cases_of(stage, small).items():
-        if name in report["cases"]:
+        if name in report["cases"] or only not in name:
             continue
         print(f"{stage}: {name}", flush=True)
         report["cases"][name] = run_case(case, scratch)
@@ -137,6 +137,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--scratch", type=Path, help="folder for random weights, 20 GB (default: a temporary one)")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script itself")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name, such as 2048")
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     failed = 0
@@ -144,7 +145,7 @@ def main() -> int:
         scratch = options.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
         for stage in options.stage or stages:
-            cases = run_stage(stage, options.output, scratch, options.small)
+            cases = run_stage(stage, options.output, scratch, options.small, options.only)
             print(table(stage, cases))
             failed += sum("failed" in case for case in cases.values())
     return int(failed > 0)

@@ -146,6 +146,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         metavar="METHOD",
         help="train this method and write no table, as one of several machines does; may be repeated",
     )
+    compare.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at one time, with --launcher local: they share this machine's CPUs or GPU (default: 1)",
+    )
 
     predict = verb("predict", commands.predict, "answer the rows of a file with exported bundles")
     predict.add_argument(

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
 from hyperscale.config.sizes import parse_size
 from hyperscale.errors import ConfigError, DataError
-from hyperscale.tracking.formats import counted
+from hyperscale.logger import get_logger
+from hyperscale.tracking.formats import counted, duration
 
 if TYPE_CHECKING:
     from hyperscale.config.run import Recipe
     from hyperscale.launch.compare import RunRecipe
     from hyperscale.launch.context import RunResult
+
+_logger = get_logger(__name__)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -120,6 +123,10 @@ def compare(options: argparse.Namespace) -> int:
     from hyperscale.launch.compare import check_comparison, only_methods, run_comparison
     from hyperscale.launch.comparison_table import publish
 
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: at least one run must go on at a time")
+    if options.jobs > 1 and options.launcher != "local":
+        raise ConfigError(f"--jobs {options.jobs} runs processes of one worker each on this machine; add --launcher local")
     comparison = load_comparison(options.comparison)
     if options.only:
         comparison = only_methods(comparison, options.only)
@@ -127,7 +134,8 @@ def compare(options: argparse.Namespace) -> int:
         runs = check_comparison(comparison)
         print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
         return 0
-    outcome = run_comparison(comparison, _recipe_runner(options.launcher))
+    run = _recipe_runner(options.launcher) if options.jobs == 1 else _in_children(Path(comparison.output) / "logs")
+    outcome = run_comparison(comparison, run, options.jobs)
     if options.only:
         print(f"trained: {', '.join(comparison.methods)}; the same command without --only writes the table")
         return 0
@@ -154,6 +162,19 @@ def _recipe_runner(launcher: str) -> "RunRecipe":
     from hyperscale.launch.ray_train import train_on_ray
 
     return lambda recipe, _file: train_on_ray(recipe, resume=True)
+
+
+def _in_children(logs: Path) -> "RunRecipe":
+    """Return what trains recipes at one time, each in a process of its own with its own log."""
+    from hyperscale.launch.local import refuse_several_workers, train_in_child
+
+    def run(recipe: "Recipe", file: Path) -> "RunResult":
+        refuse_several_workers(recipe)
+        result = train_in_child(recipe, file, logs / f"{recipe.name}.log")
+        _logger.info("finished %s in %s", recipe.name, duration(result.seconds))
+        return result
+
+    return run
 
 
 def predict(options: argparse.Namespace) -> int:

@@ -171,6 +171,61 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
     assert f"{record} is damaged or of another version; restore it, or delete it" in refused.err
 
 
+def test_runs_at_one_time_make_the_same_records(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place / "comparison.yaml"
+    methods = {name: COMPARISON["methods"][name] for name in ("shared", "alone")}
+    file.write_text(yaml.safe_dump(COMPARISON | {"methods": methods, "learning_rates": [0.001], "seeds": [1]}))
+    one = run(capsys, "compare", file, "--launcher", "local")
+    assert one.code == 0, one.err
+    (place / "results").rename(place / "one")
+    together = run(capsys, "compare", file, "--launcher", "local", "--jobs", 2)
+    assert together.code == 0, together.err
+    assert "finished shared_lr0.001_seed1 in" in together.err
+    assert "finished at step 2" in (place / "results/logs/alone_lr0.001_seed1_mood.log").read_text()
+    found, expected = (
+        {record.name: without_times(record) for record in sorted((place / folder / "records").iterdir())}
+        for folder in ("results", "one")
+    )
+    assert len(found) == 3
+    assert found == expected
+
+
+def without_times(record: Path) -> dict[str, object]:
+    values = json.loads(gzip.decompress(record.read_bytes()))
+    assert values.pop("step_seconds") > 0
+    return values
+
+
+def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place / "comparison.yaml"
+    file.write_text(yaml.safe_dump(COMPARISON | {"learning_rates": [0.001], "seeds": [1, 2]}, sort_keys=False))
+    with (place / "mood/train.jsonl").open("a") as rows:
+        rows.write("{broken\n")
+    failed = run(capsys, "compare", file, "--launcher", "local", "--jobs", 2)
+    assert failed.code == 1
+    name = "hypernetwork_lr0.001_seed1"
+    assert failed.errors[0].startswith(f"run {name} failed: {place}/mood/train.jsonl:25: not valid JSON")
+    assert f"(exit code 1; {place}/results/logs/{name}.log has all that it said)" in failed.errors
+    assert failed.errors[-1] == "What has finished stays; the same command goes on from here"
+    assert len(list((place / "results/logs").iterdir())) == 2, "no run began after the first had failed"
+    assert not (place / "results/records").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--jobs", 0, "--launcher", "local"), "--jobs 0: at least one run must go on at a time"),
+        (("--jobs", 2), "--jobs 2 runs processes of one worker each on this machine; add --launcher local"),
+    ],
+)
+def test_jobs_that_cannot_be(
+    options: tuple[object, ...], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = run(capsys, "compare", place / "comparison.yaml", *options)
+    assert refused.code == 2
+    assert refused.errors == [message]
+
+
 def rate_of(row: dict[str, float]) -> str:
     return f"{row['learning_rate']:g}"
 

@@ -5,9 +5,13 @@ keeps of a finished run is a record (`run_record`); the run's folder is not need
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from hyperscale.config.comparison import Comparison, Method
@@ -88,34 +92,75 @@ def check_comparison(comparison: Comparison) -> int:
     )
 
 
-def run_comparison(comparison: Comparison, run: RunRecipe) -> Outcome:
+def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Outcome:
     """Search each method's learning rate on validation, then train its seeds.
+
+    `jobs`: trials at one time; `run` is called from as many threads then.
 
     Raises:
         HyperscaleError: a run failed; what has finished stays and is not run again.
     """
-    total, done = check_comparison(comparison), 0
+    total, numbers = check_comparison(comparison), count(1)
 
-    def finish(method: str, rate: float, seed: int) -> FinishedTrial:
-        nonlocal done
-        trial = make_trial(comparison, method, rate, seed)
-        split = comparison.split if seed in comparison.seeds else None
+    def finish(place: tuple[str, float, int]) -> FinishedTrial:
+        trial = make_trial(comparison, *place)
+        split = comparison.split if trial.seed in comparison.seeds else None
         records = []
         for recipe in trial.recipes:
-            done += 1
-            _logger.info("run %d of %d: %s", done, total, recipe.name)
+            _logger.info("run %d of %d: %s", next(numbers), total, recipe.name)
             records.append(_finished_run(comparison, recipe, run, split))
         return FinishedTrial(trial, tuple(records))
 
+    rates = comparison.learning_rates
+    chosen = dict.fromkeys(comparison.methods, rates[0])
     search: dict[str, list[FinishedTrial]] = {}
-    final: dict[str, list[FinishedTrial]] = {}
-    for method in comparison.methods:
-        rate = comparison.learning_rates[0]
-        if len(comparison.learning_rates) > 1:
-            search[method] = [finish(method, rate, comparison.search_seed) for rate in comparison.learning_rates]
-            rate = max(search[method], key=lambda finished: finished.validation).trial.learning_rate
-        final[method] = [finish(method, rate, seed) for seed in comparison.seeds]
-    return Outcome(comparison, search, final)
+    with _each(jobs) as each:
+        if len(rates) > 1:
+            searched = each(finish, [(name, rate, comparison.search_seed) for name in chosen for rate in rates])
+            search = _by_method(searched)
+            for name, trials in search.items():
+                chosen[name] = max(trials, key=lambda finished: finished.validation).trial.learning_rate
+        final = each(finish, [(name, rate, seed) for name, rate in chosen.items() for seed in comparison.seeds])
+    return Outcome(comparison, search, _by_method(final))
+
+
+_Finish = Callable[[tuple[str, float, int]], FinishedTrial]
+"""Method, learning rate and seed -> the trial, finished."""
+
+
+@contextmanager
+def _each(jobs: int) -> Iterator[Callable[[_Finish, Sequence[tuple[str, float, int]]], Sequence[FinishedTrial]]]:
+    """Yield what finishes several trials; after a failure no further one begins, those that run come to their end."""
+    if jobs == 1:
+        yield lambda finish, places: [finish(place) for place in places]
+        return
+    failed = Event()
+
+    def at_once(finish: _Finish, places: Sequence[tuple[str, float, int]]) -> Sequence[FinishedTrial]:
+        def unless_failed(place: tuple[str, float, int]) -> FinishedTrial:
+            if failed.is_set():
+                raise CancelledError
+            try:
+                return finish(place)
+            except BaseException:
+                failed.set()
+                raise
+
+        return list(pool.map(unless_failed, places))  # trials begin in order, so what failed is met before the cancelled
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield at_once
+        except BaseException:
+            failed.set()
+            raise
+
+
+def _by_method(trials: Sequence[FinishedTrial]) -> dict[str, list[FinishedTrial]]:
+    found: dict[str, list[FinishedTrial]] = {}
+    for finished in trials:
+        found.setdefault(finished.trial.method, []).append(finished)
+    return found
 
 
 def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: int) -> Trial:

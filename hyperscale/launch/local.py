@@ -1,9 +1,12 @@
 """One plain process: no Ray, no torchrun. For debugging, small models, and a machine with one GPU."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,8 +14,8 @@ from torch._C._distributed_c10d import HashStore
 
 from hyperscale.checkpoint.run_folder import claim
 from hyperscale.config.run import Recipe
-from hyperscale.errors import ConfigError
-from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext
+from hyperscale.errors import ConfigError, ResourceError
+from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, read_result
 from hyperscale.launch.worker import train_worker
 from hyperscale.tracking.display import ProgressDisplay
 
@@ -39,6 +42,26 @@ def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
         )
     assert result is not None, "rank 0 returns the result"
     return result
+
+
+def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
+    """Run a recipe, which is also `file`, as `train_in_process` does, in a process of its own that writes to `log`.
+
+    It goes on from what lies in the run folder.
+
+    Raises:
+        ConfigError, ResourceError: what the run said was wrong, or how its process ended.
+    """
+    command = [sys.executable, "-m", "hyperscale.cli", "train", str(file), "--launcher", "local", "--resume"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    if code == 0:
+        return read_result(recipe.output)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    message = "\n".join([*said, f"(exit code {code}; {log} has all that it said)"])
+    raise ConfigError(message) if code == ConfigError.exit_code else ResourceError(message)
 
 
 @contextmanager
