@@ -225,6 +225,7 @@ def process_group(case: dict[str, Any], device: torch.device) -> Iterator[Collec
     """Bring up what the engine wants: a group of one, or that of torchrun on the one device."""
     backend = case.get("backend") or ("nccl" if device.type == "cuda" else "gloo")
     if case.get("processes", 1) > 1:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes the device of that number, and all are to share the first
         dist.init_process_group(backend, timeout=timedelta(minutes=5))
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

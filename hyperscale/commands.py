@@ -126,7 +126,7 @@ def compare(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: at least one run must go on at a time")
     if options.jobs > 1 and options.launcher != "local":
-        raise ConfigError(f"--jobs {options.jobs} runs processes of one worker each on this machine; add --launcher local")
+        raise ConfigError(f"--jobs {options.jobs} starts processes of one worker each; add --launcher local")
     comparison = load_comparison(options.comparison)
     if options.only:
         comparison = only_methods(comparison, options.only)

@@ -53,6 +53,11 @@ class FinishedTrial:
         return sum(scores) / len(scores)
 
 
+_Place = tuple[str, float, int]
+"""Method, learning rate and seed of a trial."""
+_Finish = Callable[[_Place], FinishedTrial]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """All trials of a comparison."""
@@ -102,7 +107,7 @@ def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Out
     """
     total, numbers = check_comparison(comparison), count(1)
 
-    def finish(place: tuple[str, float, int]) -> FinishedTrial:
+    def finish(place: _Place) -> FinishedTrial:
         trial = make_trial(comparison, *place)
         split = comparison.split if trial.seed in comparison.seeds else None
         records = []
@@ -124,20 +129,16 @@ def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Out
     return Outcome(comparison, search, _by_method(final))
 
 
-_Finish = Callable[[tuple[str, float, int]], FinishedTrial]
-"""Method, learning rate and seed -> the trial, finished."""
-
-
 @contextmanager
-def _each(jobs: int) -> Iterator[Callable[[_Finish, Sequence[tuple[str, float, int]]], Sequence[FinishedTrial]]]:
+def _each(jobs: int) -> Iterator[Callable[[_Finish, Sequence[_Place]], Sequence[FinishedTrial]]]:
     """Yield what finishes several trials; after a failure no further one begins, those that run come to their end."""
     if jobs == 1:
         yield lambda finish, places: [finish(place) for place in places]
         return
     failed = Event()
 
-    def at_once(finish: _Finish, places: Sequence[tuple[str, float, int]]) -> Sequence[FinishedTrial]:
-        def unless_failed(place: tuple[str, float, int]) -> FinishedTrial:
+    def at_once(finish: _Finish, places: Sequence[_Place]) -> Sequence[FinishedTrial]:
+        def unless_failed(place: _Place) -> FinishedTrial:
             if failed.is_set():
                 raise CancelledError
             try:
@@ -146,7 +147,7 @@ def _each(jobs: int) -> Iterator[Callable[[_Finish, Sequence[tuple[str, float, i
                 failed.set()
                 raise
 
-        return list(pool.map(unless_failed, places))  # trials begin in order, so what failed is met before the cancelled
+        return list(pool.map(unless_failed, places))  # in order: what failed is met before the cancelled
 
     with ThreadPoolExecutor(jobs) as pool:
         try:

@@ -168,15 +168,19 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
     comparison = outcome.comparison
     first = next(iter(outcome.final.values()))[0]
     recipe = first.trial.recipes[0]
+    steps = sum(one.training.steps for one in first.trial.recipes)
     tasks = list(summaries[0].task_scores)
     samples = {task: len(found.references) for task, found in _answers(first).items()}
+    rates = f"Learning rates were chosen on the validation rows with seed {comparison.search_seed}."
+    if not outcome.search:
+        rates = "All methods were given one learning rate."
     columns = ["method", "learning rate", "mean", f"against {comparison.baseline}", "95 % interval", "verdict"]
     columns += [*tasks, "parameters a task", "tokens/s", "training"]
     about = (
-        f"{counted(len(comparison.seeds), 'seed')} a method, {recipe.training.steps} steps × "
+        f"{counted(len(comparison.seeds), 'seed')} a method, {steps} steps × "
         f"{recipe.training.batch_size} samples on {recipe.backbone.name}; main scores on the {comparison.split} rows "
-        f"in percent, mean ± standard deviation over the seeds. Learning rates were chosen on the validation rows with "
-        f"seed {comparison.search_seed}. Intervals: {comparison.resamples} paired resamples of rows and seeds; "
+        f"in percent, mean ± standard deviation over the seeds. {rates} "
+        f"Intervals: {comparison.resamples} paired resamples of rows and seeds; "
         "`equal` means that the interval holds 0."
     )
     lines = [f"# {comparison.name}", "", about, ""]
