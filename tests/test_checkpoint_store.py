@@ -202,7 +202,9 @@ _NURSERY = textwrap.dedent(
                 told = [int(line) for line in stream.read().split()]
             step = check(least=told[-1] if told else step)
     store.sweep()
-    assert sorted(os.listdir(folder + "/checkpoints")) == [os.path.basename(store.latest())]
+    assert sorted(os.listdir(folder + "/checkpoints")) == [os.path.basename(path) for path in store.list()]
+    store.save(checkpoint(step + 1))  # a kill between commit and prune leaves two whole ones, until here
+    assert os.listdir(folder + "/checkpoints") == [os.path.basename(store.latest())]
     print(kills, step)
     """
 )
