@@ -11,8 +11,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from hyperscale.config.comparison import load_comparison
-from hyperscale.data.bootstrap import draw, interval, resampled_scores
+from hyperscale.config.comparison import Comparison, load_comparison
+from hyperscale.data.bootstrap import draw, interval, resampled_scores, seed_interval
 from hyperscale.data.metrics import compute
 from hyperscale.data.tasks import MetricName
 from hyperscale.launch.compare import check_comparison, make_trial
@@ -101,7 +101,9 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
         assert row["search"][str(row["learning_rate"])] == max(row["search"].values())
         assert len(row["means"]) == 2
         assert f"| {method} |" in compared.out
-    assert rows["shared"]["interval"] == [0.0, 0.0]
+    assert rows["shared"]["interval"] == rows["shared"]["seed_interval"] == [0.0, 0.0]
+    between = np.subtract(rows["alone"]["means"], rows["shared"]["means"])
+    assert rows["alone"]["seed_interval"] == pytest.approx(seed_interval(between.tolist()))
     single = json.loads(
         (place / "results/runs").joinpath(f"alone_lr{rate_of(rows['alone'])}_seed1_mood", "result.json").read_text()
     )
@@ -310,6 +312,12 @@ def test_the_f1_of_nothing_is_0() -> None:
     assert resampled_scores("f1", ["no"], [["no"]], rows, "yes").tolist() == [[0.0]]
 
 
+def test_an_interval_over_seeds_is_students() -> None:
+    # mean 2, standard error 1 / √3, and 4.3027 from the tables for two degrees of freedom
+    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+    assert seed_interval([1.0]) is None
+
+
 def test_an_interval_is_the_middle_95_percent() -> None:
     assert interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
 
@@ -329,5 +337,19 @@ def test_the_comparisons_of_the_benchmarks_are_valid_and_fair(file: Path):
     samples = {sum(one.training.steps * one.training.batch_size for one in recipes) for recipes in trials}
     tasks = {tuple(task for one in recipes for task in one.data.tasks) for recipes in trials}
     assert len(samples) == len(tasks) == 1
-    assert len(comparison.learning_rates) == (1 if file.stem == "methods_gpu" else 3)
     assert len(comparison.seeds) >= 3
+    if len(comparison.learning_rates) == 1:  # then each method's must be what a search of three chose for it
+        comparison = as_searched(comparison)
+    assert len(comparison.learning_rates) == 3
+
+
+def as_searched(comparison: Comparison) -> Comparison:
+    """Return the rates that were searched where methods of the same settings were, if these all chose the given one."""
+    searched = load_comparison(COMPARISONS[0].with_name("methods.yaml"))
+    (report,) = (Path(__file__).parents[1] / "benchmarks/results").glob("smollm2-135m-methods_*.json")
+    rows = {row["method"]: row for row in json.loads(report.read_text())["methods"]}
+    for method in comparison.methods.values():
+        (same,) = (name for name, other in searched.methods.items() if other == method)
+        assert (rows[same]["learning_rate"],) == comparison.learning_rates
+        assert {float(rate) for rate in rows[same]["search"]} == set(searched.learning_rates)
+    return searched

@@ -93,11 +93,12 @@ class CheckpointStore:
         return load_checkpoint(path)
 
     def sweep(self) -> None:
-        """Delete what a killed `save` left half-written. Rank 0 only, in the run that writes here."""
+        """Delete what a killed `save` left half-written or unpruned. Rank 0 only, in the run that writes here."""
         for place in self._run.child(CHECKPOINTS).children():
             unfinished = parse_name(place.name) is not None and not place.child(MARKER).exists()
             if unfinished or place.name.endswith(_PARTIAL):
                 place.fs.rm(place.path, recursive=True)
+        self._prune()
 
     def list(self) -> tuple[str, ...]:
         """Return the paths of all whole checkpoints, oldest first."""

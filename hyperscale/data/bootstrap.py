@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from hyperscale.data.metrics import compute, f1_counts
 from hyperscale.data.tasks import MetricName
@@ -61,3 +62,15 @@ def interval(differences: Scores) -> tuple[float, float]:
     """Return the middle 95 % of resampled differences [R]."""
     low, high = np.percentile(differences, (2.5, 97.5))
     return float(low), float(high)
+
+
+def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's 95 % interval of a mean difference from one value a seed; None with one seed.
+
+    Drawing three seeds again and again makes little of how far they lie apart; this does not.
+    """
+    if len(differences) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences))
+    mean = float(np.mean(differences))
+    return mean - half, mean + half

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperscale.data.bootstrap import Scores, draw, interval, resampled_scores
+from hyperscale.data.bootstrap import Scores, draw, interval, resampled_scores, seed_interval
 from hyperscale.launch.compare import FinishedTrial, Outcome
 from hyperscale.launch.run_record import TaskAnswers
 from hyperscale.launch.worker import tell_comparison
@@ -36,6 +36,8 @@ class MethodSummary:
     """Of the mean to the baseline's, in points."""
     interval: tuple[float, float]
     """The middle 95 % of the difference over resampled rows and seeds."""
+    seed_interval: tuple[float, float] | None
+    """Student's 95 % interval over the seeds' own differences; None with one seed."""
     parameters_per_task: float
     """Trained parameters divided by the tasks that share them."""
     tokens_per_second: float
@@ -61,11 +63,11 @@ def summarise(outcome: Outcome) -> list[MethodSummary]:
     answers = {method: [_answers(trial) for trial in trials] for method, trials in outcome.final.items()}
     resampled = _resample(answers, comparison.resamples)
     observed = {method: _observed(found) for method, found in answers.items()}
+    base = _means(observed[comparison.baseline])
     summaries = []
     for method, trials in outcome.final.items():
         scores = observed[method]
-        means = [statistics.fmean(of_seed) for of_seed in zip(*scores.values(), strict=True)]
-        base = statistics.fmean(score for of_task in observed[comparison.baseline].values() for score in of_task)
+        means = _means(scores)
         tokens = sum(record.tokens for trial in trials for record in trial.records)
         seconds = sum(record.step_seconds for trial in trials for record in trial.records)
         summaries.append(
@@ -75,14 +77,20 @@ def summarise(outcome: Outcome) -> list[MethodSummary]:
                 search={found.trial.learning_rate: found.validation for found in outcome.search.get(method, ())},
                 task_scores=scores,
                 means=means,
-                difference=statistics.fmean(means) - base,
+                difference=statistics.fmean(means) - statistics.fmean(base),
                 interval=interval(resampled[method] - resampled[comparison.baseline]),
+                seed_interval=seed_interval([mean - of_base for mean, of_base in zip(means, base, strict=True)]),
                 parameters_per_task=sum(one.trained_parameters for one in trials[0].records) / len(scores),
                 tokens_per_second=tokens / seconds if seconds else 0.0,
                 seconds=seconds / len(trials),
             )
         )
     return summaries
+
+
+def _means(scores: Mapping[str, Sequence[float]]) -> list[float]:
+    """Return the mean over the tasks, one per seed."""
+    return [statistics.fmean(of_seed) for of_seed in zip(*scores.values(), strict=True)]
 
 
 def _answers(finished: FinishedTrial) -> dict[str, TaskAnswers]:
@@ -174,21 +182,22 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
     rates = f"Learning rates were chosen on the validation rows with seed {comparison.search_seed}."
     if not outcome.search:
         rates = "All methods were given one learning rate."
-    columns = ["method", "learning rate", "mean", f"against {comparison.baseline}", "95 % interval", "verdict"]
-    columns += [*tasks, "parameters a task", "tokens/s", "training"]
+    columns = ["method", "learning rate", "mean", f"against {comparison.baseline}"]
+    columns += ["95 % interval", "verdict", "over seeds", *tasks, "parameters a task", "tokens/s", "training"]
     about = (
         f"{counted(len(comparison.seeds), 'seed')} a method, {steps} steps × "
         f"{recipe.training.batch_size} samples on {recipe.backbone.name}; main scores on the {comparison.split} rows "
         f"in percent, mean ± standard deviation over the seeds. {rates} "
         f"Intervals: {comparison.resamples} paired resamples of rows and seeds; "
-        "`equal` means that the interval holds 0."
+        "`equal` means that the interval holds 0. `over seeds` is Student's 95 % interval of the seeds' own "
+        "differences: with few seeds it is the wider one, and a verdict whose `over seeds` holds 0 wants more seeds."
     )
     lines = [f"# {comparison.name}", "", about, ""]
     lines += [
         "Rows scored: " + ", ".join(f"{task} {samples[task]}" for task in tasks) + ".",
         "",
         "| " + " | ".join(columns) + " |",
-        "|---" * 2 + "|---:" * 3 + "|---" + "|---:" * (len(tasks) + 3) + "|",
+        "|---" * 2 + "|---:" * 3 + "|---" + "|---:" * (len(tasks) + 4) + "|",
     ]
     lines += [_row(summary, tasks, comparison.baseline) for summary in summaries]
     if outcome.search:
@@ -203,10 +212,10 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
 
 
 def _row(summary: MethodSummary, tasks: Sequence[str], baseline: str) -> str:
-    low, high = summary.interval
-    against = ["–", "–", "baseline"]
+    against = ["–", "–", "baseline", "–"]
     if summary.method != baseline:
-        against = [f"{summary.difference:+.1f}", f"{low:+.1f} … {high:+.1f}", summary.verdict]
+        against = [f"{summary.difference:+.1f}", _range(summary.interval), summary.verdict]
+        against.append(_range(summary.seed_interval))
     cells = [
         summary.method,
         f"{summary.learning_rate:g}",
@@ -218,3 +227,7 @@ def _row(summary: MethodSummary, tasks: Sequence[str], baseline: str) -> str:
         duration(summary.seconds),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _range(ends: tuple[float, float] | None) -> str:
+    return f"{ends[0]:+.1f} … {ends[1]:+.1f}" if ends else "–"
