@@ -120,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def compare(options: argparse.Namespace) -> int:
     """Train what a comparison still lacks, and write its table."""
     from hyperscale.config.comparison import load_comparison
-    from hyperscale.launch.compare import check_comparison, only_methods, run_comparison
+    from hyperscale.launch.compare import check_comparison, count_finished, only_methods, run_comparison
     from hyperscale.launch.comparison_table import publish
 
     if options.jobs < 1:
@@ -133,6 +133,7 @@ def compare(options: argparse.Namespace) -> int:
     if options.dry_run:
         runs = check_comparison(comparison)
         print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
+        print(f"finished: {count_finished(comparison)}, with records in {comparison.records}")
         return 0
     run = _recipe_runner(options.launcher) if options.jobs == 1 else _in_children(Path(comparison.output) / "logs")
     outcome = run_comparison(comparison, run, options.jobs)

@@ -98,9 +98,20 @@ def place(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 CASES = {
     "unknown key": (
         ["training.stpes=5"],
-        ["recipe.yaml: training.stpes: unknown key (value 5). Did you mean 'steps'? Known: steps, batch_size"],
+        [
+            "override 'training.stpes=5': training.stpes: unknown key (value 5).",
+            "Did you mean 'steps'? Known: steps, batch_size",
+        ],
     ),
-    "wrong type": (["training.steps=lots"], ["recipe.yaml: training.steps: 'lots' is not allowed", "valid integer"]),
+    "unknown section": (["trainign.steps=5"], ["recipe.yaml with 'trainign.steps=5': trainign: unknown key"]),
+    "unknown key in a list": (
+        ["data.tasks=[toy.yaml]", "adaptation.adapters.0.rnk=4"],
+        ["override 'adaptation.adapters.0.rnk=4': adaptation.adapters[0].rnk: unknown key", "Did you mean 'rank'?"],
+    ),
+    "wrong type": (
+        ["training.steps=3", "training.steps=lots"],
+        ["override 'training.steps=lots': training.steps: 'lots' is not allowed", "valid integer"],
+    ),
     "wrong word": (
         ["adaptation.generator.kind=hyper"],
         ["adaptation.generator.kind", "hypernetwork, per_layer, independent"],
@@ -187,6 +198,13 @@ def test_all_problems_of_a_recipe_are_said_at_once(place: Path, capsys: pytest.C
     outcome = run(capsys, "validate", "recipe.yaml", *wrong)
     is_refused(outcome, "training.steps: 0", "Did you mean 'steps'?", "Did you mean 'zero'?", "fp64", lines=4)
     assert outcome.code == 2
+
+
+def test_a_mistake_of_the_file_is_not_blamed_on_an_override(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    misspelt = place / "misspelt.yaml"
+    misspelt.write_text((place / "recipe.yaml").read_text() + "trainign: {}\n")
+    outcome = run(capsys, "validate", "misspelt.yaml", "training.steps=4")
+    is_refused(outcome, f"{misspelt}: trainign: unknown key (value {{}}). Did you mean 'training'?")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def place(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPat
 def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = place / "comparison.yaml"
     dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
-    assert dry.out == f"valid: 3 methods, {RUNS} runs in {place}/results\n"
+    valid = f"valid: 3 methods, {RUNS} runs in {place}/results\n"
+    assert dry.out == f"{valid}finished: 0, with records in {place}/results/records\n"
     assert not (place / "results").exists()
 
     part = run(capsys, "compare", file, "--launcher", "local", "--only", "alone")
@@ -86,6 +87,10 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
     assert part.out == "trained: alone; the same command without --only writes the table\n"
     assert {folder.name.split("_")[0] for folder in (place / "results/runs").iterdir()} == {"alone"}
     assert not (place / "results/comparison.md").exists()
+    dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
+    ended = len(list((place / "results/runs").iterdir()))
+    assert 0 < ended < RUNS
+    assert dry.out == f"{valid}finished: {ended}, with records in {place}/results/records\n"
     of_part = {folder: (folder / "result.json").stat().st_mtime_ns for folder in (place / "results/runs").iterdir()}
 
     compared = run(capsys, "compare", file, "--launcher", "local")
@@ -144,6 +149,8 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
     record = place / "kept" / f"{folder.name}.json.gz"
     before = json.loads(gzip.decompress(record.read_bytes()))
     record.unlink()
+    dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
+    assert f"finished: {RUNS - 1}, with" in dry.out
     mended = run(capsys, "compare", file, "--launcher", "local")
     assert mended.code == 0, mended.err
     assert list((place / "results/runs").iterdir()) == [folder]
@@ -156,9 +163,11 @@ def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pyte
     # Neither a run nor a record of other settings is taken for this one's; a damaged record is named.
     other = yaml.safe_dump(COMPARISON | {"settings": {"training.steps": 6}, "records": "kept"}, sort_keys=False)
     file.write_text(other)
-    refused = run(capsys, "compare", file, "--launcher", "local")
-    assert refused.code == 1
-    assert "holds a record of hypernetwork_lr0.001_seed0 of other settings (training.steps was 4, is 6)" in refused.err
+    of_other_settings = "a record of hypernetwork_lr0.001_seed0 of other settings (training.steps was 4, is 6)"
+    for options in ([], ["--dry-run"]):
+        refused = run(capsys, "compare", file, "--launcher", "local", *options)
+        assert refused.code == 1
+        assert f"holds {of_other_settings}" in refused.err
     file.write_text(other.replace("kept", "none"))
     methods = ["--only", "hypernetwork"]
     (place / "results/runs/hypernetwork_lr0.001_seed0").mkdir()

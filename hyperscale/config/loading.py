@@ -62,13 +62,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), folder: Path |
         folder: where paths in overrides begin; by default the working directory.
 
     Raises:
-        ConfigError: one line per problem, each with its dotted path, the value and what is allowed.
+        ConfigError: one line per problem, each with the file or the override that it comes from, its dotted path, the
+            value and what is allowed.
     """
     path = find_recipe(name_or_path)
     raw = read_mapping(path, "a recipe", ConfigError)
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
         _apply_override(raw, override)
-    return parse_recipe(_with_absolute_paths(raw, path.parent, overrides, folder or Path.cwd()), str(path))
+    return parse_recipe(_with_absolute_paths(raw, path.parent, overrides, folder or Path.cwd()), str(path), overrides)
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
@@ -82,16 +83,29 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequenc
         _apply_override(raw, f"{key}={json.dumps(value)}")
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
         _apply_override(raw, override)
-    return parse_recipe(_with_absolute_paths(raw, Path.cwd(), overrides, Path.cwd()), where)
+    return parse_recipe(_with_absolute_paths(raw, Path.cwd(), overrides, Path.cwd()), where, overrides)
 
 
-def parse_recipe(raw: Mapping[str, Any], where: str) -> Recipe:
-    """Check plain values as a recipe; `where` names their origin in messages."""
+def parse_recipe(raw: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check plain values as a recipe; messages name their origin: `where`, or the override that set the value."""
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = describe(error, Recipe, where)
+        lines = describe(error, Recipe, lambda path: _origin(path, where, overrides))
         raise ConfigError("\n".join(lines)) from error
+
+
+def _origin(path: str, where: str, overrides: Sequence[str]) -> str:
+    """Return who set what lies at `path`: the last override of it, or `where`, with the overrides of parts of it."""
+    place = path.replace("[", ".").replace("]", "")
+    of_parts = []
+    for override in reversed(overrides):
+        key = override.partition("=")[0]
+        if f"{place}.".startswith(f"{key}."):
+            return f"override '{override}'"
+        if place and key.startswith(f"{place}."):
+            of_parts.append(f"'{override}'")
+    return f"{where} with {', '.join(reversed(of_parts))}" if of_parts else where
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Turns a pydantic error into lines a user can act on: where, what value, what is allowed, the nearest spelling."""
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -37,11 +37,11 @@ class _Problem:
         return f"{where}: {self.path}: {text}" if self.path else f"{where}: {text}"
 
 
-def describe(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
+def describe(error: ValidationError, model: type[BaseModel], where: str | Callable[[str], str]) -> list[str]:
     """Return one line for each problem in `error`, in pydantic's order.
 
-    `model` is the class that was validated; `where` names the file or section and starts every line. A value that
-    fits no member of a union gives one line, not one for each member.
+    `model` is the class that was validated; `where` names the file or section and starts every line, or does so for the
+    path of a problem. A value that fits no member of a union gives one line, not one for each member.
     """
     problems: list[_Problem] = []
     for detail in error.errors(include_url=False):
@@ -51,7 +51,7 @@ def describe(error: ValidationError, model: type[BaseModel], where: str) -> list
             problems[-1] = replace(last, allowed=f"{last.allowed}, or {problem.allowed}")
         elif problem not in problems and not (detail["type"] == "too_short" and _inside(problem.path, problems)):
             problems.append(problem)
-    return [problem.line(where) for problem in problems]
+    return [problem.line(where if isinstance(where, str) else where(problem.path)) for problem in problems]
 
 
 def _explain(detail: Mapping[str, Any], place: _Place) -> _Problem:

@@ -97,6 +97,37 @@ def check_comparison(comparison: Comparison) -> int:
     )
 
 
+def count_finished(comparison: Comparison) -> int:
+    """Return how many of a comparison's runs have a record, without running any.
+
+    Final seeds count once a method's search is whole: before that no learning rate is chosen.
+
+    Raises:
+        HyperscaleError: a record that cannot be read, or is of other settings.
+    """
+    rates = comparison.learning_rates
+    finished = 0
+
+    def kept(method: str, rate: float, seed: int) -> FinishedTrial | None:
+        nonlocal finished
+        trial = make_trial(comparison, method, rate, seed)
+        records = [record for recipe in trial.recipes if (record := _kept_record(comparison, recipe)) is not None]
+        finished += len(records)
+        return FinishedTrial(trial, tuple(records)) if len(records) == len(trial.recipes) else None
+
+    for method in comparison.methods:
+        chosen = rates[0]
+        if len(rates) > 1:
+            search = [kept(method, rate, comparison.search_seed) for rate in rates]
+            whole = [trial for trial in search if trial is not None]
+            if len(whole) < len(search):
+                continue
+            chosen = _best_rate(whole)
+        for seed in comparison.seeds:
+            kept(method, chosen, seed)
+    return finished
+
+
 def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Outcome:
     """Search each method's learning rate on validation, then train its seeds.
 
@@ -124,9 +155,13 @@ def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Out
             searched = each(finish, [(name, rate, comparison.search_seed) for name in chosen for rate in rates])
             search = _by_method(searched)
             for name, trials in search.items():
-                chosen[name] = max(trials, key=lambda finished: finished.validation).trial.learning_rate
+                chosen[name] = _best_rate(trials)
         final = each(finish, [(name, rate, seed) for name, rate in chosen.items() for seed in comparison.seeds])
     return Outcome(comparison, search, _by_method(final))
+
+
+def _best_rate(search: Sequence[FinishedTrial]) -> float:
+    return max(search, key=lambda finished: finished.validation).trial.learning_rate
 
 
 @contextmanager
@@ -210,15 +245,25 @@ def _runs_of(recipe: Recipe, method: Method) -> tuple[Recipe, ...]:
 
 def _finished_run(comparison: Comparison, recipe: Recipe, run: RunRecipe, split: str | None) -> RunRecord:
     """Return what is kept of a run, running what is not done yet."""
-    assert comparison.records, "load_comparison sets it"
-    records = Path(comparison.records)
+    kept = _kept_record(comparison, recipe)
+    if kept is not None:
+        return kept
+    record = record_run(recipe, _finish_run(recipe, Path(comparison.output), run), split)
+    write_record(record, _records_of(comparison), recipe.name)
+    return record
+
+
+def _kept_record(comparison: Comparison, recipe: Recipe) -> RunRecord | None:
+    records = _records_of(comparison)
     kept = read_record(records, recipe.name)
     if kept is not None:
         _refuse_another(recipe, {**kept.recipe, "output": recipe.output}, f"{records} holds a record of {recipe.name}")
-        return kept
-    record = record_run(recipe, _finish_run(recipe, Path(comparison.output), run), split)
-    write_record(record, records, recipe.name)
-    return record
+    return kept
+
+
+def _records_of(comparison: Comparison) -> Path:
+    assert comparison.records, "load_comparison sets it"
+    return Path(comparison.records)
 
 
 def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
