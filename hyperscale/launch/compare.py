@@ -107,25 +107,23 @@ def count_finished(comparison: Comparison) -> int:
     """
     rates = comparison.learning_rates
     finished = 0
-
-    def kept(method: str, rate: float, seed: int) -> FinishedTrial | None:
-        nonlocal finished
-        trial = make_trial(comparison, method, rate, seed)
-        records = [record for recipe in trial.recipes if (record := _kept_record(comparison, recipe)) is not None]
-        finished += len(records)
-        return FinishedTrial(trial, tuple(records)) if len(records) == len(trial.recipes) else None
-
     for method in comparison.methods:
         chosen = rates[0]
         if len(rates) > 1:
-            search = [kept(method, rate, comparison.search_seed) for rate in rates]
-            whole = [trial for trial in search if trial is not None]
-            if len(whole) < len(search):
+            search = [_kept_part(comparison, (method, rate, comparison.search_seed)) for rate in rates]
+            finished += sum(len(part.records) for part in search)
+            if any(len(part.records) < len(part.trial.recipes) for part in search):
                 continue
-            chosen = _best_rate(whole)
-        for seed in comparison.seeds:
-            kept(method, chosen, seed)
+            chosen = _best_rate(search)
+        finished += sum(len(_kept_part(comparison, (method, chosen, seed)).records) for seed in comparison.seeds)
     return finished
+
+
+def _kept_part(comparison: Comparison, place: _Place) -> FinishedTrial:
+    """Return a trial with those of its records that there are."""
+    trial = make_trial(comparison, *place)
+    records = (_kept_record(comparison, recipe) for recipe in trial.recipes)
+    return FinishedTrial(trial, tuple(record for record in records if record is not None))
 
 
 def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Outcome:
