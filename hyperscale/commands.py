@@ -131,9 +131,9 @@ def compare(options: argparse.Namespace) -> int:
     if options.only:
         comparison = only_methods(comparison, options.only)
     if options.dry_run:
-        runs = check_comparison(comparison)
+        runs, finished = check_comparison(comparison), count_finished(comparison)
         print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
-        print(f"finished: {count_finished(comparison)}, with records in {comparison.records}")
+        print(f"finished: {finished}, with records in {comparison.records}")
         return 0
     run = _recipe_runner(options.launcher) if options.jobs == 1 else _in_children(Path(comparison.output) / "logs")
     outcome = run_comparison(comparison, run, options.jobs)
