@@ -180,11 +180,12 @@ def test_overrides_that_cannot_be(tmp_path: Path):
         "data.tasks.2=news": "override 'data.tasks.2=news': 'data.tasks.2' must end in a position from 0 to 1",
         "adaptation.adapters.x.rank=1": "override 'adaptation.adapters.x.rank=1': "
         "'adaptation.adapters.x' must end in a position from 0 to 1",
-        "trainings.steps=3": f"{path}: trainings: unknown key (value {{'steps': 3}}). Did you mean 'training'? "
-        "Known: " + ", ".join(Recipe.model_fields),
-        "training.steps=ten": f"{path}: training.steps: 'ten' is not allowed: must be a valid integer",
-        "training.optimizer.learning_rate=.inf": f"{path}: training.optimizer.learning_rate: inf is not allowed: "
-        "must be a finite number",
+        "trainings.steps=3": f"{path} with 'trainings.steps=3': trainings: unknown key (value {{'steps': 3}}). "
+        "Did you mean 'training'? Known: " + ", ".join(Recipe.model_fields),
+        "training.steps=ten": "override 'training.steps=ten': training.steps: 'ten' is not allowed: "
+        "must be a valid integer",
+        "training.optimizer.learning_rate=.inf": "override 'training.optimizer.learning_rate=.inf': "
+        "training.optimizer.learning_rate: inf is not allowed: must be a finite number",
     }.items():
         assert problems(path, override) == [message]
     assert "no position: the list is empty" in problems(write(tmp_path, data={"tasks": []}), "data.tasks.0=x")[0]
