@@ -7,7 +7,7 @@ import torch
 
 from hyperscale.config.training import OptimizerSettings
 from hyperscale.engine.optimizer import GeneratorOptimizer
-from hyperscale.model.generators.heads import head_weights
+from hyperscale.model.generators.roles import head_weights
 from hyperscale.model.weights import tensors_of
 from tests import tiny
 
@@ -15,17 +15,20 @@ RATE = 1e-3
 RATIO = 1 / 16
 
 
-def moved(folder: Path, kind: str, ratio: float) -> dict[str, torch.Tensor]:
+def moved(
+    folder: Path, kind: str, ratio: float, trunk: float = 1.0, **generator_settings: str
+) -> dict[str, torch.Tensor]:
     """Return how far one step of equal gradients moves every parameter of a generator."""
     settings = {
-        "generator": {"kind": kind},
-        "adapters": [{"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["q", "v"]}],
+        "generator": {"kind": kind, **generator_settings},
+        "adapters": [{"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["q", "v"]}, {"kind": "norm_delta"}],
     }
     generator = tiny.adapted_model(folder, settings, 3).generator
     before = {name: parameter.detach().clone() for name, parameter in generator.named_parameters()}
-    optimizer = GeneratorOptimizer(
-        generator, OptimizerSettings(learning_rate=RATE, warmup_steps=0, head_learning_rate_ratio=ratio), total_steps=10
+    optimizer_settings = OptimizerSettings(
+        learning_rate=RATE, warmup_steps=0, head_learning_rate_ratio=ratio, trunk_learning_rate_ratio=trunk
     )
+    optimizer = GeneratorOptimizer(generator, optimizer_settings, total_steps=10)
     for parameter in generator.parameters():
         parameter.grad = torch.ones_like(parameter)
     rate, _ = optimizer.step(0)
@@ -44,9 +47,26 @@ def test_the_weights_of_heads_have_a_rate_of_their_own(tiny_llama_folder: Path, 
         torch.testing.assert_close(step, torch.full_like(step, expected), rtol=1e-3, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "generator_settings"),
+    [("hypernetwork", {}), ("hypernetwork", {"biases": "site", "heads": "position"}), ("per_layer", {})],
+)
+def test_all_that_makes_codes_has_a_rate_of_its_own(
+    tiny_llama_folder: Path, kind: str, generator_settings: dict[str, str]
+):
+    steps = moved(tiny_llama_folder, kind, 1.0, RATIO, **generator_settings)
+    parts = ("task_encoder.", "layer_embedding.", "position_embedding.", "project.")
+    makes_codes = {name for name in steps if any(part in name for part in parts)}
+    expected_parts = parts if kind == "hypernetwork" else (parts[0], parts[-1])
+    assert all(any(part in name for name in makes_codes) for part in expected_parts)
+    for name, step in steps.items():
+        expected = -RATE * (RATIO if name in makes_codes else 1.0)
+        torch.testing.assert_close(step, torch.full_like(step, expected), rtol=1e-3, atol=1e-7, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["independent", "shared"])
 def test_generators_without_heads_do_not_feel_it(tiny_llama_folder: Path, kind: str):
-    plain, other = moved(tiny_llama_folder, kind, 1.0), moved(tiny_llama_folder, kind, RATIO)
+    plain, other = moved(tiny_llama_folder, kind, 1.0), moved(tiny_llama_folder, kind, RATIO, RATIO)
     for name, step in plain.items():
         assert torch.equal(step, other[name]), name
 

@@ -15,6 +15,10 @@ class OptimizerSettings(Section):
     """Learning rate of the weights of a hypernetwork's heads, as a multiple of `learning_rate`. AdamW moves each weight
     by about the rate, and a generated weight is a sum over `code_dim` of them: with 1 / code_dim it moves as far in a
     step as a weight of `independent` does. Without effect on generators that have no heads."""
+    trunk_learning_rate_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of what makes a hypernetwork's codes (task encoder, layer and position embeddings, trunk), as a
+    multiple of `learning_rate`: they move the weights of all tasks and sites at once. To train new embeddings alone
+    with `hyperscale adapt`, set it to 1."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.config.training import OptimizerSettings
-from hyperscale.model.generators.heads import head_weights
+from hyperscale.model.generators.roles import code_parameters, head_weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,17 +42,13 @@ class GeneratorOptimizer:
         self._total_steps = total_steps
         self._named = dict(generator.named_parameters())
         self._fixed_rows = fixed_rows
-        heads = head_weights(generator)
-        others = [parameter for name, parameter in self._named.items() if name not in heads]
-        groups = [
-            {"params": others, "ratio": 1.0},
-            {
-                "params": [parameter for name, parameter in self._named.items() if name in heads],
-                "ratio": settings.head_learning_rate_ratio,
-            },
-        ]
+        ratios = dict.fromkeys(code_parameters(generator), settings.trunk_learning_rate_ratio)
+        ratios |= dict.fromkeys(head_weights(generator), settings.head_learning_rate_ratio)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self._named.items():
+            groups.setdefault(ratios.get(name, 1.0), []).append(parameter)
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": parameters, "ratio": ratio} for ratio, parameters in groups.items()],
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -63,8 +59,8 @@ class GeneratorOptimizer:
         """Clip, update, and clear the gradients.
 
         Returns:
-            The learning rate used outside the heads, and the gradient norm before clipping where the gradients are:
-            reading it waits for a GPU.
+            The learning rate without the ratios that parts of a hypernetwork have, and the gradient norm before
+            clipping where the gradients are: reading it waits for a GPU.
         """
         rate = learning_rate_at(step, self._total_steps, self._settings)
         for group in self._adamw.param_groups:

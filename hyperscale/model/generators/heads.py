@@ -130,15 +130,6 @@ class _Part:
         self.keys = keys
 
 
-def head_weights(generator: nn.Module) -> frozenset[str]:
-    """Return the parameter names of the weights, not the biases, of all heads in a generator."""
-    return frozenset(
-        f"{name}.linear.weight" if isinstance(module, Head) else f"{name}.weight"
-        for name, module in generator.named_modules()
-        if isinstance(module, Head | SiteHeads)
-    )
-
-
 def site_rows(indices: list[int]) -> Tensor:
     """Return site indices as an int64 tensor to be kept as a buffer."""
     return torch.tensor(indices, dtype=torch.int64)
