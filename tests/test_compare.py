@@ -3,19 +3,27 @@
 import gzip
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import get_args
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 from hyperscale.config.comparison import Comparison, load_comparison
+from hyperscale.config.loading import render_recipe
+from hyperscale.config.run import Recipe
 from hyperscale.data.bootstrap import draw, interval, resampled_scores, seed_interval
 from hyperscale.data.metrics import compute
 from hyperscale.data.tasks import MetricName
-from hyperscale.launch.compare import check_comparison, make_trial
+from hyperscale.errors import ResourceError
+from hyperscale.launch.compare import check_comparison, make_trial, run_comparison
+from hyperscale.launch.context import RunResult
+from hyperscale.launch.local import train_in_child
 from hyperscale.launch.predictions import read_predictions
 from tests.command import run
 
@@ -201,6 +209,41 @@ def test_runs_at_one_time_make_the_same_records(place: Path, capsys: pytest.Capt
     )
     assert len(found) == 3
     assert found == expected
+
+
+def test_seeds_of_a_method_begin_when_its_own_search_is_done(place: Path) -> None:
+    file = place / "comparison.yaml"
+    methods = {name: COMPARISON["methods"][name] for name in ("hypernetwork", "shared")}
+    file.write_text(yaml.safe_dump(COMPARISON | {"methods": methods, "seeds": [1]}, sort_keys=False))
+    comparison, seed_began = load_comparison(file), Event()
+
+    def waiting(recipe: Recipe, child: Path) -> RunResult:
+        if recipe.name.startswith("hypernetwork") and recipe.name.endswith("seed1"):
+            seed_began.set()
+        if recipe.name == "shared_lr0.01_seed0":
+            assert seed_began.wait(300), "the first method's seed waited for the search of the second"
+        return train_in_child(recipe, child, place / f"{recipe.name}.log")
+
+    outcome = run_comparison(comparison, waiting, jobs=2)
+    assert {name: len(trials) for name, trials in outcome.search.items()} == {"hypernetwork": 2, "shared": 2}
+    for name, (trial,) in outcome.final.items():
+        best = max(outcome.search[name], key=lambda searched: searched.validation)
+        assert (trial.trial.method, trial.trial.learning_rate) == (name, best.trial.learning_rate)
+
+
+def test_a_run_that_is_killed_says_what_to_do(place: Path) -> None:
+    file = place / "comparison.yaml"
+    (recipe,) = make_trial(load_comparison(file), "shared", 0.001, 1).recipes
+    child, log = place / "child.yaml", place / "child.log"
+    child.write_text(render_recipe(recipe))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(train_in_child, recipe, child, log)
+        while not (found := [one for one in psutil.Process().children() if str(child) in one.cmdline()]):
+            assert not running.done(), running.exception()
+        found[0].kill()
+        with pytest.raises(ResourceError, match=r"was killed, .* with fewer --jobs each run has more of it") as killed:
+            running.result()
+    assert f"(exit code -9; {log} has all that it said)" in str(killed.value)
 
 
 def without_times(record: Path) -> dict[str, object]:

@@ -6,7 +6,7 @@ keeps of a finished run is a record (`run_record`); the run's folder is not need
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -56,6 +56,7 @@ class FinishedTrial:
 _Place = tuple[str, float, int]
 """Method, learning rate and seed of a trial."""
 _Finish = Callable[[_Place], FinishedTrial]
+_Begin = Callable[[_Place], Future[FinishedTrial]]
 
 
 @dataclass(frozen=True)
@@ -146,16 +147,19 @@ def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Out
         return FinishedTrial(trial, tuple(records))
 
     rates = comparison.learning_rates
-    chosen = dict.fromkeys(comparison.methods, rates[0])
+    searched = rates if len(rates) > 1 else ()
     search: dict[str, list[FinishedTrial]] = {}
-    with _each(jobs) as each:
-        if len(rates) > 1:
-            searched = each(finish, [(name, rate, comparison.search_seed) for name in chosen for rate in rates])
-            search = _by_method(searched)
-            for name, trials in search.items():
-                chosen[name] = _best_rate(trials)
-        final = each(finish, [(name, rate, seed) for name, rate in chosen.items() for seed in comparison.seeds])
-    return Outcome(comparison, search, _by_method(final))
+    final: dict[str, list[Future[FinishedTrial]]] = {}
+    with _beginning(finish, jobs) as begin:
+        searching = {
+            name: [begin((name, rate, comparison.search_seed)) for rate in searched] for name in comparison.methods
+        }
+        for name, trials in searching.items():  # its seeds need no other method's search
+            search[name] = [trial.result() for trial in trials]
+            chosen = _best_rate(search[name]) if searched else rates[0]
+            final[name] = [begin((name, chosen, seed)) for seed in comparison.seeds]
+        finished = {name: [trial.result() for trial in trials] for name, trials in final.items()}
+    return Outcome(comparison, search if searched else {}, finished)
 
 
 def _best_rate(search: Sequence[FinishedTrial]) -> float:
@@ -163,38 +167,37 @@ def _best_rate(search: Sequence[FinishedTrial]) -> float:
 
 
 @contextmanager
-def _each(jobs: int) -> Iterator[Callable[[_Finish, Sequence[_Place]], Sequence[FinishedTrial]]]:
-    """Yield what finishes several trials; after a failure no further one begins, those that run come to their end."""
+def _beginning(finish: _Finish, jobs: int) -> Iterator[_Begin]:
+    """Yield what begins a trial, `jobs` of them at one time and in order; with one, it returns when the trial is done.
+
+    After a failure no further one begins, those that run come to their end.
+    """
     if jobs == 1:
-        yield lambda finish, places: [finish(place) for place in places]
+        yield lambda place: _done(finish(place))
         return
     failed = Event()
 
-    def at_once(finish: _Finish, places: Sequence[_Place]) -> Sequence[FinishedTrial]:
-        def unless_failed(place: _Place) -> FinishedTrial:
-            if failed.is_set():
-                raise CancelledError
-            try:
-                return finish(place)
-            except BaseException:
-                failed.set()
-                raise
-
-        return list(pool.map(unless_failed, places))  # in order: what failed is met before the cancelled
+    def unless_failed(place: _Place) -> FinishedTrial:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return finish(place)
+        except BaseException:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            yield at_once
+            yield lambda place: pool.submit(unless_failed, place)
         except BaseException:
             failed.set()
             raise
 
 
-def _by_method(trials: Sequence[FinishedTrial]) -> dict[str, list[FinishedTrial]]:
-    found: dict[str, list[FinishedTrial]] = {}
-    for finished in trials:
-        found.setdefault(finished.trial.method, []).append(finished)
-    return found
+def _done(trial: FinishedTrial) -> Future[FinishedTrial]:
+    future: Future[FinishedTrial] = Future()
+    future.set_result(trial)
+    return future
 
 
 def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: int) -> Trial:

@@ -1,6 +1,7 @@
 """One plain process: no Ray, no torchrun. For debugging, small models, and a machine with one GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
         return read_result(recipe.output)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    if code == -signal.SIGKILL:
+        said = ["its process was killed, as it is where memory runs out; with fewer --jobs each run has more of it"]
     message = "\n".join([*said, f"(exit code {code}; {log} has all that it said)"])
     raise ConfigError(message) if code == ConfigError.exit_code else ResourceError(message)
 
