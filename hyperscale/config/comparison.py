@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -41,9 +41,9 @@ class Comparison(Section):
     methods: Mapping[str, Method] = Field(min_length=2)
     baseline: str
     """The method that the others are compared with."""
-    learning_rates: tuple[float, ...] = Field(min_length=1)
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
     search_seed: int = Field(default=0, ge=0)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     split: Literal["validation", "test"] = "test"
     """Rows of the final scores. Learning rates are always chosen on the validation rows."""
     resamples: int = Field(default=2000, ge=100)
