@@ -170,7 +170,8 @@ def _best_rate(search: Sequence[FinishedTrial]) -> float:
 def _beginning(finish: _Finish, jobs: int) -> Iterator[_Begin]:
     """Yield what begins a trial, `jobs` of them at one time and in order; with one, it returns when the trial is done.
 
-    After a failure no further one begins, those that run come to their end.
+    After a failure no further one begins, those that run come to their end. Whoever asks for results in the order in
+    which they were begun meets what failed before the cancelled.
     """
     if jobs == 1:
         yield lambda place: _done(finish(place))
