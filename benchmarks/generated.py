@@ -22,9 +22,9 @@ from benchmarks.memory import CPU, MIB, ROWS, longest_batch, make_backbone
 from hyperscale.config.run import Recipe
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.engine.host_memory import map_large_tensors
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import open_backbone
 from hyperscale.planning.memory import Sharding, describe_run, plan_memory
+from hyperscale.run.worker import build_engine
 
 WAYS = {"all sites at once": "64GiB", "site by site": "0B"}
 STEPS = 4

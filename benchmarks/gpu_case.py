@@ -24,10 +24,10 @@ from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
 from hyperscale.engine.ds_config import read_sharding
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import BackboneFolder, open_backbone
 from hyperscale.planning.memory import describe_run, plan_memory, step_shape
 from hyperscale.planning.traffic import step_operations
+from hyperscale.run.worker import build_engine
 
 TASKS = 8
 TARGET = 16

@@ -23,10 +23,10 @@ from hyperscale.data.metrics import score
 from hyperscale.data.tasks import Task, load_task
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
-from hyperscale.inference.describe import with_described_tasks
-from hyperscale.inference.load import LoadedBundles, load_bundles
+from hyperscale.inference.answers import Answerer, Question
+from hyperscale.serving.describe import with_described_tasks
+from hyperscale.serving.load import LoadedBundles, load_bundles
 from hyperscale.tracking.metrics import main_score
-from hyperscale.train.answers import Answerer, Question
 from hyperscale.train.evaluation import majority_record
 
 RANDOM = 3

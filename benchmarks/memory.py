@@ -28,9 +28,9 @@ from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.collective import TorchCollective
 from hyperscale.engine.ds_config import read_ds_config, read_sharding
 from hyperscale.engine.zero import ZeroEngine
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import DTYPES, open_backbone
 from hyperscale.planning.memory import describe_run, plan_memory
+from hyperscale.run.worker import build_engine
 from hyperscale.tracking.provenance import package_versions
 
 RANKS = 2

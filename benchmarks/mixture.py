@@ -18,9 +18,9 @@ from benchmarks.machine import write_report
 from hyperscale.data.collate import Batch
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import SingleProcess
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import open_backbone
 from hyperscale.model.weights import as_leaves, backward, tensors_of
+from hyperscale.run.worker import build_engine
 
 ROUNDS = 9
 LEARNING = 2

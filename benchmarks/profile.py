@@ -19,8 +19,8 @@ from benchmarks.batches import batches_of, recipe_of
 from benchmarks.machine import write_report
 from hyperscale.data.collate import Batch
 from hyperscale.engine.collective import SingleProcess
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import open_backbone
+from hyperscale.run.worker import build_engine
 
 ROUNDS = 7
 LEARNING = 2

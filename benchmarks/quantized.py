@@ -17,8 +17,8 @@ from benchmarks.batches import batches_of, recipe_of
 from benchmarks.machine import forget_peak, measured_apart, resident_bytes, write_report
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.engine.host_memory import map_large_tensors
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import open_backbone
+from hyperscale.run.worker import build_engine
 
 WAYS = ("none", "int8")
 DTYPES = ("bfloat16", "float32")

@@ -15,9 +15,9 @@ from benchmarks.step import LEARNING, RANKS, ROUNDS
 from benchmarks.turns import Turns
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import TorchCollective
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.backbone import open_backbone
+from hyperscale.run.worker import build_engine
 
 ENGINES = {
     # name -> changes of the recipe, and whether gathers come out of shared memory

@@ -15,12 +15,12 @@ from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, pac
 from hyperscale.config.sizes import parse_size
 from hyperscale.errors import ConfigError, DataError
 from hyperscale.logger import get_logger
-from hyperscale.tracking.formats import counted, duration
+from hyperscale.terminal.formats import counted, duration
 
 if TYPE_CHECKING:
+    from hyperscale.compare.schedule import RunRecipe
     from hyperscale.config.run import Recipe
-    from hyperscale.launch.compare import RunRecipe
-    from hyperscale.launch.context import RunResult
+    from hyperscale.run.context import RunResult
 
 _logger = get_logger(__name__)
 
@@ -32,8 +32,8 @@ def train(options: argparse.Namespace) -> int:
 
 def adapt(options: argparse.Namespace) -> int:
     """Teach a trained generator new tasks, and say which known ones are nearest to them."""
-    from hyperscale.launch.adapt import adapted_recipe, nearest_tasks
-    from hyperscale.launch.context import read_result
+    from hyperscale.run.adapt import adapted_recipe, nearest_tasks
+    from hyperscale.run.context import read_result
 
     share, overrides = options.old_share, options.overrides
     recipe = adapted_recipe(options.checkpoint, options.task, options.train, share, overrides)
@@ -46,7 +46,7 @@ def adapt(options: argparse.Namespace) -> int:
 
 def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
     from hyperscale.launch import torchrun
-    from hyperscale.launch.outcome import show
+    from hyperscale.run.outcome import show
 
     if torchrun.is_worker():
         result = torchrun.train_as_worker(recipe, options.resume)
@@ -54,13 +54,13 @@ def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
             show(result)
         torchrun.leave()
     if options.launcher == "local":
-        from hyperscale.launch.local import refuse_several_workers, train_in_process
+        from hyperscale.launch.local import require_one_worker, train_in_process
 
-        refuse_several_workers(recipe)
-        _check(recipe, is_told_later=True)
+        require_one_worker(recipe)
+        _check(recipe, quiet=True)
         show(train_in_process(recipe, options.resume))
         return 0
-    _check(recipe, is_told_later=options.launcher == "torchrun")
+    _check(recipe, quiet=options.launcher == "torchrun")
     if options.launcher == "torchrun":
         return torchrun.spawn_workers(recipe, options.arguments)
     from hyperscale.launch.ray_train import train_on_ray
@@ -69,12 +69,12 @@ def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(recipe: "Recipe", is_told_later: bool) -> None:
+def _check(recipe: "Recipe", quiet: bool) -> None:
     """Check before any worker starts; workers that log to this terminal will say themselves what they read."""
-    from hyperscale.launch.preflight import check_recipe
     from hyperscale.logger import get_logger
+    from hyperscale.run.preflight import check_recipe
 
-    if is_told_later:
+    if quiet:
         with _quiet("hyperscale.data"):
             check_recipe(recipe, lambda _: None)
     else:
@@ -110,8 +110,8 @@ def submit(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Score a checkpoint's tasks again."""
-    from hyperscale.launch.evaluate import evaluate_checkpoint
-    from hyperscale.launch.outcome import print_scores
+    from hyperscale.run.evaluate import evaluate_checkpoint
+    from hyperscale.run.outcome import print_scores
 
     print_scores(evaluate_checkpoint(options.checkpoint, options.split))
     return 0
@@ -119,9 +119,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Train what a comparison still lacks, and write its table."""
+    from hyperscale.compare.schedule import check_comparison, count_finished, only_methods, run_comparison
+    from hyperscale.compare.table import publish
     from hyperscale.config.comparison import load_comparison
-    from hyperscale.launch.compare import check_comparison, count_finished, only_methods, run_comparison
-    from hyperscale.launch.comparison_table import publish
 
     if options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: at least one run must go on at a time")
@@ -146,7 +146,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def _recipe_runner(launcher: str) -> "RunRecipe":
     """Return what trains one recipe after another, each going on with what lies in its run folder."""
-    from hyperscale.launch.context import read_result
+    from hyperscale.run.context import read_result
 
     if launcher == "local":
         from hyperscale.launch.local import train_in_process
@@ -167,10 +167,10 @@ def _recipe_runner(launcher: str) -> "RunRecipe":
 
 def _in_children(logs: Path) -> "RunRecipe":
     """Return what trains recipes at one time, each in a process of its own with its own log."""
-    from hyperscale.launch.local import refuse_several_workers, train_in_child
+    from hyperscale.launch.local import require_one_worker, train_in_child
 
     def run(recipe: "Recipe", file: Path) -> "RunResult":
-        refuse_several_workers(recipe)
+        require_one_worker(recipe)
         result = train_in_child(recipe, file, logs / f"{recipe.name}.log")
         _logger.info("finished %s in %s", recipe.name, duration(result.seconds))
         return result
@@ -180,19 +180,19 @@ def _in_children(logs: Path) -> "RunRecipe":
 
 def predict(options: argparse.Namespace) -> int:
     """Answer a file's rows with exported bundles."""
-    from hyperscale.inference.load import load_bundles
-    from hyperscale.inference.predict import predict_file
+    from hyperscale.serving.load import load_bundles
+    from hyperscale.serving.predict import predict_file
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: at least one row must run at once")
-    _refuse_unusable_files(options.input, options.output)
+    _check_files(options.input, options.output)
     bundles = load_bundles(options.bundles, options.backbone, options.dtype)
     rows = predict_file(bundles, options.input, options.output, options.batch_size)
     print(f"{rows} rows answered in {options.output}")
     return 0
 
 
-def _refuse_unusable_files(source: Path, target: Path) -> None:
+def _check_files(source: Path, target: Path) -> None:
     """Find now what would otherwise be found after the backbone is loaded, or after every row is answered."""
     if not source.is_file():
         raise DataError(f"--input {source}: no such file")
@@ -213,7 +213,7 @@ def export(options: argparse.Namespace) -> int:
     trained = restore_generator(load_checkpoint(path, only=("generator",)))
     output, only = options.output or _bundles_of(path), options.task
     if options.describe:
-        from hyperscale.inference.describe import with_described_tasks
+        from hyperscale.serving.describe import with_described_tasks
 
         trained = with_described_tasks(trained, options.describe)
         only = [*only, *(task.name for task in trained.tasks[-len(options.describe) :])]
@@ -234,8 +234,8 @@ def _bundles_of(checkpoint: str) -> Path:
 
 def tasks(options: argparse.Namespace) -> int:
     """List tasks, or show one."""
-    from hyperscale.data.listing import details, table
     from hyperscale.data.tasks import list_tasks, load_task
+    from hyperscale.terminal.task_listing import details, table
 
     if options.task is not None:
         lines = details(load_task(options.task, options.folder))
@@ -256,7 +256,7 @@ def validate(options: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True), end="")
         return 0
-    from hyperscale.launch.preflight import check_recipe
+    from hyperscale.run.preflight import check_recipe
 
     found = check_recipe(recipe, lambda _: None)
     width = max(map(len, found.rows))
@@ -281,9 +281,9 @@ def plan(options: argparse.Namespace) -> int:
         memory = parse_size(options.gpu_memory) if options.gpu_memory else None
     except ValueError as error:
         raise ConfigError(f"--gpu-memory: {error}") from error
-    from hyperscale.launch.plan import Asked, plan_recipe, render_json, render_text
+    from hyperscale.run.plan import PlanOptions, plan_recipe, render_json, render_text
 
-    plan = plan_recipe(recipe, Asked(options.gpus, options.nodes, memory, options.bandwidth, options.rate))
+    plan = plan_recipe(recipe, PlanOptions(options.gpus, options.nodes, memory, options.bandwidth, options.rate))
     print(render_json(plan) if options.json else render_text(plan, recipe))
     return 0 if plan.fits is not False else 1
 

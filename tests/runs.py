@@ -13,8 +13,8 @@ from hyperscale.data.corpus import Corpus, load_corpus
 from hyperscale.data.loader import TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
-from hyperscale.launch.worker import build_engine
 from hyperscale.model.backbone import open_backbone
+from hyperscale.run.worker import build_engine
 
 CPU = torch.device("cpu")
 TASKS = ("feeling", "past", "plural")

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hyperscale.launch.context import read_result
+from hyperscale.run.context import read_result
 from tests.command import Outcome, run, tree
 
 LABELS = {"good": "positive", "bad": "negative"}

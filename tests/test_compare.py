@@ -14,17 +14,17 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from hyperscale.compare.intervals import draw, interval, resampled_scores, seed_interval
+from hyperscale.compare.schedule import check_comparison, make_trial, run_comparison
 from hyperscale.config.comparison import Comparison, load_comparison
 from hyperscale.config.loading import render_recipe
 from hyperscale.config.run import Recipe
-from hyperscale.data.bootstrap import draw, interval, resampled_scores, seed_interval
 from hyperscale.data.metrics import compute
 from hyperscale.data.tasks import MetricName
 from hyperscale.errors import ResourceError
-from hyperscale.launch.compare import check_comparison, make_trial, run_comparison
-from hyperscale.launch.context import RunResult
 from hyperscale.launch.local import train_in_child
-from hyperscale.launch.predictions import read_predictions
+from hyperscale.run.context import RunResult
+from hyperscale.run.predictions import read_predictions
 from tests.command import run
 
 # MLflow 3.17 under SQLAlchemy 2.1.

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, GenerationConfig
 
 from hyperscale.data.collate import Batch, Layout, PromptBatch, collate, collate_prompts
+from hyperscale.inference.decoding import answer_log_likelihoods, greedy_decode
 from hyperscale.model.adapted import AdaptedModel, label_positions, shift_right, token_losses
-from hyperscale.model.decoding import answer_log_likelihoods, greedy_decode
 from hyperscale.model.weights import Weights
 from tests import tiny
 

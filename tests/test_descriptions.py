@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.data.descriptions import encode_descriptions
 from hyperscale.data.tasks import load_task
-from hyperscale.launch.context import read_result
 from hyperscale.model.backbone import load_dense, open_backbone
 from hyperscale.model.description import text_features
+from hyperscale.run.context import read_result
 from tests.cluster import client_environment
 from tests.cluster import run as run_process
 from tests.command import run

@@ -15,7 +15,7 @@ from hyperscale.config.run import Recipe
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
 from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
-from hyperscale.export.peft_format import refuse_unless_sayable, unsayable
+from hyperscale.export.peft_format import peft_limitation, require_peft_support
 from hyperscale.launch.local import train_in_process
 from tests import tiny
 from tests.runs import TASKS, make_recipe, write_tasks
@@ -146,15 +146,15 @@ def test_what_peft_can_say(
     family: str, adapters: list[dict[str, Any]], reason: str | None, request: pytest.FixtureRequest
 ):
     adapted = tiny.adapted_model(request.getfixturevalue(f"tiny_{family}_folder"), {"adapters": adapters})
-    found = unsayable(adapted.site_map, adapted.architecture)
+    found = peft_limitation(adapted.site_map, adapted.architecture)
     if reason is None:
-        refuse_unless_sayable(adapted.site_map, adapted.architecture)
+        require_peft_support(adapted.site_map, adapted.architecture)
         assert found is None
     else:
         assert found is not None
         assert found.startswith(reason)
         with pytest.raises(BundleError, match=rf"^export.format 'peft' cannot express {reason}"):
-            refuse_unless_sayable(adapted.site_map, adapted.architecture)
+            require_peft_support(adapted.site_map, adapted.architecture)
 
 
 def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):

@@ -14,14 +14,14 @@ from scipy import stats
 from transformers import AutoTokenizer
 
 from hyperscale.config.data import DataSettings
-from hyperscale.data.corpus import Corpus, load_corpus, refuse_unlike_rows
+from hyperscale.data.corpus import Corpus, check_same_rows, load_corpus
 from hyperscale.data.hub import open_hub, printable
 from hyperscale.data.metrics import score
 from hyperscale.data.origins import HubSource
 from hyperscale.data.sources import load_task_data
 from hyperscale.data.tasks import list_tasks, load_task
 from hyperscale.errors import DataError
-from hyperscale.launch.evaluate import evaluate_checkpoint
+from hyperscale.run.evaluate import evaluate_checkpoint
 from tests.command import run
 from tests.runs import make_recipe
 
@@ -273,13 +273,13 @@ def test_workers_that_read_other_rows_are_refused(
     rows_folder: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     here = corpus(["snips", "trec"], tiny_llama_folder).describe()
-    refuse_unlike_rows([here, here])
+    check_same_rows([here, here])
     write(tmp_path / "there" / "snips" / "train.jsonl", [tagged(number) for number in range(50)])
     shutil.copytree(rows_folder / "trec", tmp_path / "there" / "trec")
     monkeypatch.setenv("HYPERSCALE_TASK_DATA", str(tmp_path / "there"))
     there = corpus(["snips", "trec"], tiny_llama_folder).describe()
     with pytest.raises(DataError, match=r"task 'snips': worker 0 read other rows, from .*/snips, than worker 1, from"):
-        refuse_unlike_rows([here, there])
+        check_same_rows([here, there])
 
 
 def test_the_page_lists_them_all():

@@ -13,7 +13,7 @@ from hyperscale.config.run import Recipe
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import open_backbone, set_activation_checkpointing
-from hyperscale.model.generation import AtOnce
+from hyperscale.model.generation import EagerGeneration
 from hyperscale.model.weights import tensors_of
 from hyperscale.planning.generated import generated_bytes, generates_site_by_site
 from hyperscale.planning.memory import describe_run
@@ -81,7 +81,7 @@ def test_both_ways_give_equal_gradients(folder: Path, generator: dict[str, Any],
     at_once = gradients(adapted)
     assert set(at_once) == {name for name, _ in adapted.generator.named_parameters()}
     adapted.site_by_site = True
-    assert not isinstance(adapted.generation(torch.arange(3)), AtOnce)
+    assert not isinstance(adapted.generation(torch.arange(3)), EagerGeneration)
     by_site = gradients(adapted)
     assert set(by_site) == set(at_once)
     for name, gradient in at_once.items():
@@ -92,7 +92,7 @@ def test_both_ways_give_equal_gradients(folder: Path, generator: dict[str, Any],
 def test_generators_that_keep_more_than_they_make_do_it_at_once(folder: Path, kind: str):
     adapted = build(folder, {"kind": kind})
     generation = adapted.generator.site_by_site(torch.tensor([2, 0]))
-    assert isinstance(generation, AtOnce)
+    assert isinstance(generation, EagerGeneration)
     for one, other in zip(tensors_of(generation.made), tensors_of(adapted.generate(torch.tensor([2, 0]))), strict=True):
         assert torch.equal(one, other)
 
@@ -137,7 +137,7 @@ def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
     kinds = build_kinds(roomy.adaptation.adapters)
     made = adapted.generate(torch.arange(len(tasks)))
     size = generated_bytes(adapted.site_map, kinds, len(tasks), 4)
-    assert size == AtOnce(made).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(made))
+    assert size == EagerGeneration(made).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(made))
     for budget, by_site in ((f"{size}B", False), (f"{size - 1}B", True)):
         assert (
             generates_site_by_site(recipe_of(folder, tasks, generated_budget=budget), adapted.site_map, kinds)

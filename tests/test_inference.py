@@ -16,9 +16,9 @@ from hyperscale.data.corpus import Corpus
 from hyperscale.data.examples import renderer
 from hyperscale.data.rows import read_rows
 from hyperscale.engine.base import Engine
-from hyperscale.launch.context import RunResult
+from hyperscale.inference.answers import Answerer, Question
 from hyperscale.launch.local import train_in_process
-from hyperscale.train.answers import Answerer, Question
+from hyperscale.run.context import RunResult
 from tests import tiny
 from tests.runs import CPU, TASKS, corpus_of, engine_of, make_recipe, write_tasks
 

@@ -12,8 +12,8 @@ import pytest
 
 from hyperscale.checkpoint.run_folder import claim
 from hyperscale.errors import ConfigError
-from hyperscale.launch.context import read_result
 from hyperscale.launch.local import train_in_process
+from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import read_entries
 from hyperscale.train.callbacks import StepRecord
 from tests.cluster import HYPERSCALE, client_environment, errors, run, wait_for, write_project

@@ -52,11 +52,11 @@ HEAVY = VENDORS | {"torch", "transformers", "datasets"}
     [
         (["hyperscale.errors", "hyperscale.logger", *modules_below("config")], HEAVY),
         (["hyperscale.cli"], HEAVY),
-        ([*modules_below("export"), *modules_below("inference")], VENDORS),
+        ([*modules_below("export"), *modules_below("inference"), *modules_below("serving")], VENDORS),
         ([*modules_below("model"), *modules_below("train"), "hyperscale.engine.local"], VENDORS),
-        (["hyperscale.launch.worker"], VENDORS),
+        (["hyperscale.run.worker"], VENDORS),
     ],
-    ids=["config", "cli", "export and inference", "model, train and local engine", "worker"],
+    ids=["config", "cli", "export, inference and serving", "model, train and local engine", "worker"],
 )
 def test_importing_brings_no_vendor(modules: list[str], absent: set[str]) -> None:
     # A linter reads import statements; this also sees what a re-export or a third package drags in.

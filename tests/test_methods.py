@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from hyperscale.config.adaptation import AdaptationSettings
+from hyperscale.inference.decoding import greedy_decode
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 from hyperscale.model.adapters.norm_delta import rms_normalised
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import set_activation_checkpointing
-from hyperscale.model.decoding import greedy_decode
 from hyperscale.model.generators.generator import keep_known_tasks, with_new_tasks
 from hyperscale.model.generators.registry import build_generator
 from hyperscale.model.weights import tensors_of

@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 from hyperscale.config.tracking import ProgressSettings
-from hyperscale.tracking.display import ProgressDisplay, live_frame
-from hyperscale.tracking.formats import count, duration, gain, score
-from hyperscale.tracking.progress import Progress, ProgressSender, advance
-from hyperscale.tracking.report import RunSummary, mlflow_place, print_report
+from hyperscale.terminal.display import ProgressDisplay, live_frame
+from hyperscale.terminal.formats import count, duration, gain, score
+from hyperscale.terminal.progress import Progress, ProgressSender, advance
+from hyperscale.terminal.report import RunSummary, print_report
+from hyperscale.tracking.places import mlflow_place
 from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 TASKS = ("sst2", "cola", "a-task-with-a-name-that-is-longer-than-most-columns-are")

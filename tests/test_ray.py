@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from hyperscale.launch.context import read_result
+from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import read_entries
 from hyperscale.train.callbacks import CheckpointRecord, RunFacts, RunOutcome, StepRecord
 from tests.cluster import BIN, Cluster, errors, free_ports, run, started_cluster, write_project

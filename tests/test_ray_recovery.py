@@ -16,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from hyperscale.launch.context import read_result
+from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import METRICS_FILE, read_entries
 from hyperscale.train.callbacks import RunFacts, RunOutcome, StepRecord
 from tests.cluster import HYPERSCALE, client_environment, run, wait_for, write_project

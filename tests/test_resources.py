@@ -6,7 +6,7 @@ import pytest
 
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.run import Recipe
-from hyperscale.launch.resources import asked_resources, passing_folder_problem, several_nodes_problem, shortfall
+from hyperscale.launch.resources import asked_resources, ephemeral_output_problem, several_nodes_problem, shortfall
 
 
 def settings(**fields: float) -> ClusterSettings:
@@ -114,9 +114,9 @@ def test_several_nodes_need_a_shared_folder_and_a_tracking_server() -> None:
 
 def test_a_job_must_not_write_into_its_temporary_folder() -> None:
     inside = "/scratch/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef/runs/demo"
-    told = passing_folder_problem(inside)
+    told = ephemeral_output_problem(inside)
     assert told is not None
     assert inside in told
     assert "output=/shared/runs/NAME" in told
     for lasting in ("/shared/runs/demo", "s3://bucket/runs/demo", str(Path.home() / "runs")):
-        assert passing_folder_problem(lasting) is None
+        assert ephemeral_output_problem(lasting) is None

@@ -17,9 +17,9 @@ from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.data.loader import TrainLoader
 from hyperscale.errors import CheckpointError, RunFolderError
-from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, ignore
 from hyperscale.launch.local import train_in_process
-from hyperscale.launch.worker import train_worker
+from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore
+from hyperscale.run.worker import train_worker
 from hyperscale.train.evaluation import VALIDATION, Evaluation, Evaluator
 from tests.ranks import Ranks, RanksFailed, started_ranks
 from tests.runs import make_recipe, write_tasks

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hyperscale.launch.context import read_result
-from hyperscale.launch.predictions import read_predictions
+from hyperscale.run.context import read_result
+from hyperscale.run.predictions import read_predictions
 from tests.command import run
 
 TASK = {"input": "{text}\nIs:", "labels": {"good": "positive", "bad": "negative"}, "label_column": "label"}

@@ -19,8 +19,8 @@ from hyperscale.engine.base import Engine, StepResult
 from hyperscale.engine.ds_config import read_ds_config
 from hyperscale.engine.zero import ZeroEngine, shard_backbone
 from hyperscale.errors import BackboneError
+from hyperscale.inference.answers import Answerer, Question
 from hyperscale.model.backbone import DTYPES, load_dense, open_backbone
-from hyperscale.train.answers import Answerer, Question
 from tests import tiny
 from tests.ranks import Ranks, started_ranks
 from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks

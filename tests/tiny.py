@@ -28,11 +28,8 @@ from transformers import (
 from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.model.adapted import AdaptedModel
-from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import load_dense, open_backbone
-from hyperscale.model.generators.registry import build_generator
-from hyperscale.model.injection import Injection
-from hyperscale.model.sites import find_sites
+from hyperscale.model.build import Blueprint
 
 _SENTENCES = (
     "The plot is thin, but the actors are wonderful and the music stays with you.",
@@ -204,10 +201,8 @@ def adapted_model(
     frozen = BackboneSettings.model_validate({"name": str(folder), "dtype": "float32"} | backbone)
     found = open_backbone(frozen)
     module = load_dense(found, frozen)
-    kinds = build_kinds(settings.adapters)
-    site_map = find_sites(module, found.architecture, kinds)
-    generator = build_generator(settings, site_map, kinds, num_tasks, seed=0)
-    return AdaptedModel(module, generator, Injection(module, site_map, kinds), site_map, found.architecture)
+    blueprint = Blueprint.of_backbone(module, found.architecture, settings.adapters)
+    return blueprint.adapt(module, blueprint.build_generator(settings, num_tasks, seed=0))
 
 
 def disturb(generator: nn.Module, std: float = 0.05) -> None:

@@ -97,7 +97,7 @@ def _lock_locally(folder: Path, owner: Owner) -> None:
         raise RunFolderError(f"output={folder} is a file, a run needs a folder. Choose another `output=`.")
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder / _LOCK) as lock:
-        _refuse_if_busy(_parse_owner(lock.read()), owner, str(folder / _LOCK))
+        _check_not_busy(_parse_owner(lock.read()), owner, str(folder / _LOCK))
         lock.seek(0)
         lock.truncate(0)
         lock.write(json.dumps(asdict(owner)))
@@ -107,12 +107,12 @@ def _lock_locally(folder: Path, owner: Owner) -> None:
 
 def _lock_remotely(place: Place, owner: Owner) -> None:
     # fsspec reaches no exclusive create on object stores: two starts within one round trip are not told apart.
-    _refuse_if_busy(_read_owner(place), owner, str(place.child(_LOCK)))
+    _check_not_busy(_read_owner(place), owner, str(place.child(_LOCK)))
     place.fs.makedirs(place.path, exist_ok=True)
     place.fs.pipe_file(place.child(_LOCK).path, json.dumps(asdict(owner)).encode())
 
 
-def _refuse_if_busy(holder: Owner | None, owner: Owner, lock: str) -> None:
+def _check_not_busy(holder: Owner | None, owner: Owner, lock: str) -> None:
     if holder is None or not holder.is_alive():
         return
     if holder.host == owner.host:

@@ -74,7 +74,7 @@ class CheckpointStore:
             else:
                 _commit_remotely(checkpoint, target)
             self._prune()
-            return str(_settled(target, checkpoint.step))
+            return str(_with_plain_name(target, checkpoint.step))
         except OSError as error:
             previous = self.latest()
             kept = f"The last whole one is {previous}." if previous else "None has been written yet."
@@ -213,9 +213,11 @@ def _read_marker(place: Place) -> dict[str, dict[str, Any]]:
         marker = json.loads(place.fs.cat_file(place.child(MARKER).path))
         stored, files = marker["format"], {str(name): dict(entry) for name, entry in marker["files"].items()}
     except OSError as error:
-        raise CheckpointError(f"{place} is not a whole checkpoint: it has no {MARKER}. {_instead(place)}") from error
+        raise CheckpointError(
+            f"{place} is not a whole checkpoint: it has no {MARKER}. {_recovery_hint(place)}"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{place.child(MARKER)} is damaged. {_instead(place)}") from error
+        raise CheckpointError(f"{place.child(MARKER)} is damaged. {_recovery_hint(place)}") from error
     if stored != _FORMAT:
         raise CheckpointError(
             f"{place} has checkpoint format {stored}, this hyperscale reads {_FORMAT}: use the version that wrote it."
@@ -235,16 +237,16 @@ def _verified(place: Place, files: Mapping[str, Mapping[str, Any]]) -> Iterator[
                     place.fs.get_file(place.child(name).path, str(file))
                 whole = file.stat().st_size == entry["bytes"] and _sha256(file) == entry["sha256"]
             except OSError as error:
-                raise CheckpointError(f"{place.child(name)} is missing: {error}. {_instead(place)}") from error
+                raise CheckpointError(f"{place.child(name)} is missing: {error}. {_recovery_hint(place)}") from error
             if not whole:
                 raise CheckpointError(
                     f"{place.child(name)} is damaged: it is not the file whose sha256 stands in {MARKER}. "
-                    f"{_instead(place)}"
+                    f"{_recovery_hint(place)}"
                 )
         yield folder
 
 
-def _instead(place: Place) -> str:
+def _recovery_hint(place: Place) -> str:
     """Return what to do about an unusable checkpoint."""
     key = parse_name(place.name)
     others = [other for other in whole_checkpoints(place.parent.parent) if other.name != place.name]
@@ -254,7 +256,7 @@ def _instead(place: Place) -> str:
     return "There is no earlier checkpoint in this run folder: restore the file, or start anew with another `output=`."
 
 
-def _settled(place: Place, step: int) -> Place:
+def _with_plain_name(place: Place, step: int) -> Place:
     """Give a checkpoint the plain name of its step, once no older one has it; where there is a rename."""
     plain = place.parent.child(checkpoint_name(step))
     if not place.is_local or place.name == plain.name or plain.exists():

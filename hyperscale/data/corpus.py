@@ -74,18 +74,18 @@ def load_corpus(
             for and missing, or rows that are wrong; located by file and line.
     """
     tasks = [load_task(name, settings.task_folders).written_for(is_encoder_decoder) for name in settings.tasks]
-    _refuse_equal_names(tasks)
-    _refuse_forbidden_pairs(tasks)
+    _check_unique_names(tasks)
+    _check_allowed_pairs(tasks)
     read = _without_shared_texts(
         [load_task_data(task, settings.train_limit, settings.validation_limit, settings.test_limit) for task in tasks]
     )
     if with_test:
-        _refuse_untested(read, may_lack_test)
+        _check_test_splits(read, may_lack_test)
     layout = Layout(pad_token_id(tokenizer), is_encoder_decoder)
     return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder, with_test) for data in read), layout)
 
 
-def _refuse_untested(read: Sequence[TaskData], may_lack_test: bool) -> None:
+def _check_test_splits(read: Sequence[TaskData], may_lack_test: bool) -> None:
     untested = [data for data in read if "test" not in data.splits]
     if untested and not (may_lack_test and len(untested) < len(read)):
         raise DataError(
@@ -128,7 +128,7 @@ def _encode(
     )
 
 
-def refuse_unlike_rows(descriptions: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+def check_same_rows(descriptions: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
     """Check that all workers read the same: what they found depends on their variables, folders and caches.
 
     Args:
@@ -147,7 +147,7 @@ def refuse_unlike_rows(descriptions: Sequence[Mapping[str, Mapping[str, Any]]]) 
                 )
 
 
-def _refuse_equal_names(tasks: Sequence[Task]) -> None:
+def _check_unique_names(tasks: Sequence[Task]) -> None:
     names = [task.name for task in tasks]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -156,7 +156,7 @@ def _refuse_equal_names(tasks: Sequence[Task]) -> None:
         )
 
 
-def _refuse_forbidden_pairs(tasks: Sequence[Task]) -> None:
+def _check_allowed_pairs(tasks: Sequence[Task]) -> None:
     names = {task.name for task in tasks}
     for task in tasks:
         for other in task.not_with:

@@ -22,7 +22,7 @@ _OURS = {
     "fp16": "backbone.dtype (bfloat16 or float32)",
 }
 
-_FLOATS_ALONE = (
+_INCOMPATIBLE_WITH_INT8 = (
     "zero_quantized_weights",
     "zero_quantized_nontrainable_weights",
     "stage3_use_all_reduce_for_fetch_params",
@@ -86,7 +86,7 @@ def complete_ds_config(
     if recipe.backbone.quantization == "int8":
         problems += [
             f"'zero_optimization.{key}' does not go with backbone.quantization=int8: remove it"
-            for key in _FLOATS_ALONE
+            for key in _INCOMPATIBLE_WITH_INT8
             if zero.get(key, "auto") not in (False, "auto")
         ]
     _fill_live_limits(zero, block_numel, outer_numel)

@@ -34,7 +34,7 @@ from hyperscale.model.architectures import Architecture
 from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
 from hyperscale.planning.parts import Part
 
-_HELD = -1
+_RESIDENT_MARKER = -1
 """Stands among the modules that use a resident parameter: DeepSpeed releases none that is in use. Its own flag
 `ds_persist` holds only while the order of modules is known: each evaluation and the step after it would gather all
 again."""
@@ -189,5 +189,5 @@ def _hold(parameters: list[Any]) -> None:
     if away:
         away[0].all_gather_coalesced(away).wait()
     for one in parameters:
-        one.ds_active_sub_modules.add(_HELD)
+        one.ds_active_sub_modules.add(_RESIDENT_MARKER)
         one.ds_persist = True

@@ -21,12 +21,12 @@ from hyperscale.data.tasks import Task
 from hyperscale.errors import BundleError, nearest
 from hyperscale.export.bundle import BundleBackbone, BundleManifest, write_manifest
 from hyperscale.export.native_format import write_native
-from hyperscale.export.peft_format import refuse_unless_sayable, unsayable, write_peft
+from hyperscale.export.peft_format import peft_limitation, require_peft_support, write_peft
 from hyperscale.logger import get_logger
-from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.backbone import DTYPES
-from hyperscale.model.generators.registry import build_generator, stored_features
+from hyperscale.model.build import Blueprint
+from hyperscale.model.generators.registry import stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -73,16 +73,16 @@ class TrainedGenerator:
 def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
     """Rebuild the generator of a checkpoint on the CPU."""
     recipe = parse_recipe(checkpoint.recipe, "the checkpoint's recipe")
-    site_map = SiteMap.from_json(checkpoint.manifest["site_map"])
     tasks = tuple(Task.model_validate(task) for task in checkpoint.state["tasks"])
-    kinds = build_kinds(recipe.adaptation.adapters)
+    backbone = dict(checkpoint.manifest["backbone"])
+    sites = checkpoint.manifest["site_map"]
+    blueprint = Blueprint.of_sites(sites, backbone["model_type"], recipe.adaptation.adapters)
     tensors: dict[str, Tensor] = dict(checkpoint.tensors["generator"])
     features = stored_features(tensors)
-    generator = build_generator(recipe.adaptation, site_map, kinds, len(tasks), recipe.seed, features)
+    generator = blueprint.build_generator(recipe.adaptation, len(tasks), recipe.seed, features)
     generator.load_state_dict(tensors, strict=True)
     origins = tuple(map(_origin, checkpoint.state.get("origins") or [None] * len(tasks)))
-    backbone = dict(checkpoint.manifest["backbone"])
-    return TrainedGenerator(recipe, site_map, generator, tasks, backbone, checkpoint.step, origins)
+    return TrainedGenerator(recipe, blueprint.site_map, generator, tasks, backbone, checkpoint.step, origins)
 
 
 def _origin(stored: Mapping[str, Any] | None) -> TaskOrigin | None:
@@ -118,9 +118,9 @@ def export_bundles(
 
 def _choose_format(asked: str, trained: TrainedGenerator) -> str:
     if asked == "auto":
-        return "native" if unsayable(trained.site_map, trained.architecture) else "peft"
+        return "native" if peft_limitation(trained.site_map, trained.architecture) else "peft"
     if asked == "peft":
-        refuse_unless_sayable(trained.site_map, trained.architecture)
+        require_peft_support(trained.site_map, trained.architecture)
     return asked
 
 

@@ -34,7 +34,7 @@ class _Method(NamedTuple):
     read: Callable[[Mapping[str, Tensor], SiteMap], Mapping[str, Mapping[str, Tensor]]]
 
 
-def unsayable(site_map: SiteMap, architecture: Architecture) -> str | None:
+def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None:
     """Return what of a map PEFT has no words for, or None if a PEFT folder can hold all of it."""
     kinds = list(dict.fromkeys(site.kind for site in site_map.sites))
     others = sorted(set(kinds) - _METHODS.keys())
@@ -49,9 +49,9 @@ def unsayable(site_map: SiteMap, architecture: Architecture) -> str | None:
     return None
 
 
-def refuse_unless_sayable(site_map: SiteMap, architecture: Architecture) -> None:
+def require_peft_support(site_map: SiteMap, architecture: Architecture) -> None:
     """Raise `BundleError`, with what PEFT cannot say, unless a PEFT folder can hold all of a map."""
-    reason = unsayable(site_map, architecture)
+    reason = peft_limitation(site_map, architecture)
     if reason:
         raise BundleError(
             f"export.format 'peft' cannot express {reason}. "
@@ -63,7 +63,7 @@ def write_peft(
     folder: Path, weights: Weights, site_map: SiteMap, architecture: Architecture, base: str, dtype: torch.dtype
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for the one task in `weights` (K = 1)."""
-    refuse_unless_sayable(site_map, architecture)
+    require_peft_support(site_map, architecture)
     method = _METHODS[site_map.sites[0].kind]
     config = {
         "task_type": "SEQ_2_SEQ_LM" if architecture.is_encoder_decoder else "CAUSAL_LM",

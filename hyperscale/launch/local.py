@@ -16,12 +16,12 @@ from torch._C._distributed_c10d import HashStore
 from hyperscale.checkpoint.run_folder import claim
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, ResourceError
-from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, read_result
-from hyperscale.launch.worker import train_worker
-from hyperscale.tracking.display import ProgressDisplay
+from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, read_result
+from hyperscale.run.worker import train_worker
+from hyperscale.terminal.display import ProgressDisplay
 
 
-def refuse_several_workers(recipe: Recipe) -> None:
+def require_one_worker(recipe: Recipe) -> None:
     """Raise `ConfigError` if a recipe asks for more than the one worker that there is here."""
     if recipe.cluster.workers != 1:
         raise ConfigError(
@@ -36,7 +36,7 @@ def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
     Raises:
         ConfigError: the recipe asks for several workers.
     """
-    refuse_several_workers(recipe)
+    require_one_worker(recipe)
     with claim(recipe.output, resume), ProgressDisplay(recipe.tracking.progress) as display, process_group(recipe):
         result = train_worker(
             recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.of(recipe.name, recipe.output))

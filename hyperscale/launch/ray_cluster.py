@@ -49,7 +49,7 @@ def join_cluster(recipe: Recipe) -> Iterator[None]:
     if ray.is_initialized():
         yield
     elif address and address != "local":
-        _refuse_silence(address)
+        _check_reachable(address)
         with _connected(address, address=address):
             yield
     else:
@@ -73,7 +73,7 @@ def _connected(where: str, **options: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _refuse_silence(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Knock first: Ray itself would try for more than two minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
@@ -129,7 +129,7 @@ def _scratch() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_shortfall(recipe: Recipe) -> None:
+def check_capacity(recipe: Recipe) -> None:
     """Raise `ResourceError` if the workers cannot fit on the cluster, even if nobody else used it."""
     problem = shortfall(recipe.cluster, [node["Resources"] for node in _alive_nodes()])
     if problem:
@@ -155,7 +155,7 @@ def wait_for_resources(recipe: Recipe, say: Callable[[str], None]) -> None:
         time.sleep(1.0)
 
 
-def refuse_private_folder(recipe: Recipe) -> None:
+def check_shared_folder(recipe: Recipe) -> None:
     """Put a file into the run folder and let every other node look for it.
 
     Raises:

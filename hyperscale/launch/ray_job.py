@@ -35,7 +35,7 @@ def submit_job(address: str, arguments: Sequence[str], working_dir: Path | None,
         ConfigError: `output` would lie in the job's temporary folder.
         ResourceError: no job server answers there, or it refuses the job.
     """
-    _refuse_passing_output(arguments, working_dir)
+    _require_durable_output(arguments, working_dir)
     runtime: dict[str, Any] = {"env_vars": dict(_STOP)}
     if working_dir is not None:
         runtime["working_dir"] = str(working_dir)
@@ -59,7 +59,7 @@ def submit_job(address: str, arguments: Sequence[str], working_dir: Path | None,
     return 0 if status == JobStatus.SUCCEEDED else 1
 
 
-def _refuse_passing_output(arguments: Sequence[str], working_dir: Path | None) -> None:
+def _require_durable_output(arguments: Sequence[str], working_dir: Path | None) -> None:
     """On the cluster a relative path would lie in the job's working directory, which Ray deletes after the job."""
     recipe, *rest = arguments
     sent = working_dir / recipe if working_dir else None

@@ -23,12 +23,12 @@ from hyperscale.checkpoint.run_folder import claim
 from hyperscale.config.loading import dump_recipe, parse_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.errors import HyperscaleError, ResourceError, RunFolderError
-from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, as_mistake, ignore, read_result
-from hyperscale.launch.ray_cluster import join_cluster, refuse_private_folder, refuse_shortfall, wait_for_resources
-from hyperscale.launch.resources import asked_resources, passing_folder_problem
-from hyperscale.launch.worker import tell_failure, train_worker
+from hyperscale.launch.ray_cluster import check_capacity, check_shared_folder, join_cluster, wait_for_resources
+from hyperscale.launch.resources import asked_resources, ephemeral_output_problem
 from hyperscale.logger import get_logger
-from hyperscale.tracking.display import ProgressDisplay
+from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, read_result, user_error
+from hyperscale.run.worker import record_failed_run, train_worker
+from hyperscale.terminal.display import ProgressDisplay
 
 _logger = get_logger(__name__)
 
@@ -43,7 +43,7 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
         RunFolderError: the run folder is busy, private to one node, or holds another run.
         HyperscaleError: what a worker found wrong, as it said it.
     """
-    problem = passing_folder_problem(recipe.output)
+    problem = ephemeral_output_problem(recipe.output)
     if problem:
         raise RunFolderError(problem)
     with ExitStack() as stack:
@@ -56,8 +56,8 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
         run = RunIdentity.of(recipe.name, recipe.output)
         say("starting Ray")
         stack.enter_context(join_cluster(recipe))
-        refuse_shortfall(recipe)
-        refuse_private_folder(recipe)
+        check_capacity(recipe)
+        check_shared_folder(recipe)
         wait_for_resources(recipe, say)
         mailbox = _mailbox()
         stack.enter_context(_delivery(mailbox, display))
@@ -65,10 +65,10 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
         try:
             _fit(recipe, mailbox, run)
         except HyperscaleError as error:
-            tell_failure(recipe, run, str(error))
+            record_failed_run(recipe, run, str(error))
             raise
         except KeyboardInterrupt:
-            tell_failure(recipe, run, "stopped by a signal")
+            record_failed_run(recipe, run, "stopped by a signal")
             raise
     return read_result(recipe.output)
 
@@ -88,7 +88,7 @@ class _Mailbox:
         events, self._events = self._events, []
         return events
 
-    def put_mistake(self, kind: str, message: str) -> None:
+    def report_user_error(self, kind: str, message: str) -> None:
         self._mistake = self._mistake or (kind, message)
 
     def mistake(self) -> tuple[str, str] | None:
@@ -202,7 +202,7 @@ def _fit(recipe: Recipe, mailbox: Any, run: RunIdentity) -> None:
         try:
             trainer.fit()
         except (RayError, TrainingFailedError) as error:
-            raise _as_told(error, mailbox, cluster.max_failures) from error
+            raise _worker_error(error, mailbox, cluster.max_failures) from error
         finally:
             with suppress(OSError):  # only a marker of Ray's lies there
                 storage.fs.rm(storage.path, recursive=True)
@@ -221,14 +221,14 @@ def _quiet_train() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _as_told(error: Exception, mailbox: Any, max_failures: int) -> HyperscaleError:
+def _worker_error(error: Exception, mailbox: Any, max_failures: int) -> HyperscaleError:
     """Return the mistake that a worker reported, as it was raised there, or say that workers kept failing."""
     try:
         mistake = ray.get(mailbox.mistake.remote(), timeout=10)
     except RayError:
         mistake = None
     if mistake:
-        return as_mistake(*mistake)
+        return user_error(*mistake)
     failures = getattr(error, "worker_failures", None)
     last = describe_losses(failures) if failures else _first_line(error)
     return ResourceError(

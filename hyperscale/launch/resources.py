@@ -65,7 +65,7 @@ def several_nodes_problem(recipe: Recipe, blind_nodes: Sequence[str]) -> str | N
     return None
 
 
-def passing_folder_problem(output: str) -> str | None:
+def ephemeral_output_problem(output: str) -> str | None:
     """Say that a run folder would go with a Ray job's temporary working directory, or None."""
     if "working_dir_files" not in Path(output).parts:
         return None

@@ -20,14 +20,14 @@ from torch.distributed.run import parse_args, run
 from hyperscale.checkpoint.run_folder import claim
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, HyperscaleError, ResourceError
-from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext, as_mistake, ignore
-from hyperscale.launch.worker import train_worker
 from hyperscale.logger import get_logger
-from hyperscale.tracking.display import ProgressDisplay
+from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, user_error
+from hyperscale.run.worker import train_worker
+from hyperscale.terminal.display import ProgressDisplay
 
 _logger = get_logger(__name__)
 
-_MISTAKES = "HYPERSCALE_MISTAKES"
+_ERROR_FOLDER = "HYPERSCALE_MISTAKES"
 """Names the folder in which workers that we have started leave what they found wrong, for the parent to say once."""
 
 
@@ -51,21 +51,21 @@ def spawn_workers(recipe: Recipe, arguments: Sequence[str]) -> int:
     if not verbose:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="hyperscale-") as mistakes:
-        os.environ[_MISTAKES] = mistakes
+        os.environ[_ERROR_FOLDER] = mistakes
         try:
             run(parse_args([*options, *arguments]))
         except ChildFailedError as error:
-            raise _told(error, Path(mistakes)) from error
+            raise _worker_error(error, Path(mistakes)) from error
         finally:
-            del os.environ[_MISTAKES]
+            del os.environ[_ERROR_FOLDER]
     return 0
 
 
-def _told(error: ChildFailedError, mistakes: Path) -> HyperscaleError:
+def _worker_error(error: ChildFailedError, mistakes: Path) -> HyperscaleError:
     """Return the first mistake that a worker has left behind, or how the first worker ended."""
     written = sorted(mistakes.iterdir(), key=lambda file: file.stat().st_mtime_ns)
     if written:
-        return as_mistake(*json.loads(written[0].read_text("utf-8")))
+        return user_error(*json.loads(written[0].read_text("utf-8")))
     rank, failure = error.get_first_failure()
     how = f"was killed by {Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "failed; see above"
     return ResourceError(f"worker {rank} {how}. Continue from the last checkpoint with --resume")
@@ -79,7 +79,7 @@ def train_as_worker(recipe: Recipe, resume: bool) -> RunResult | None:
     """
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     with ExitStack() as stack:
-        stack.enter_context(_mistakes_left_for_parent(rank))
+        stack.enter_context(_errors_reported_to_parent(rank))
         if world_size != recipe.cluster.workers:
             raise ConfigError(
                 f"torchrun started {world_size} workers, the recipe asks for cluster.workers "
@@ -124,9 +124,9 @@ def leave() -> NoReturn:
 
 
 @contextmanager
-def _mistakes_left_for_parent(rank: int) -> Iterator[None]:
+def _errors_reported_to_parent(rank: int) -> Iterator[None]:
     """Under `spawn_workers`, let the parent say once what all ranks, or a rank's peers, would say at the same time."""
-    folder = os.environ.get(_MISTAKES)
+    folder = os.environ.get(_ERROR_FOLDER)
     if folder is None or _logger.isEnabledFor(logging.DEBUG):
         yield
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.model.architectures import Architecture
-from hyperscale.model.generation import AtOnce, Generation, taken_apart
+from hyperscale.model.generation import EagerGeneration, Generation, split_by_site
 from hyperscale.model.generators.generator import Generator
 from hyperscale.model.injection import Injection
 from hyperscale.model.losses import CrossEntropy
@@ -51,7 +51,7 @@ class AdaptedModel:
     def generation(self, tasks: Tensor) -> Generation:
         """Return the weights of K tasks for the micro-batches of a step, see `training`."""
         generator: Generator = self.generator  # type: ignore[assignment]
-        return generator.site_by_site(tasks) if self.site_by_site else AtOnce(generator(tasks))
+        return generator.site_by_site(tasks) if self.site_by_site else EagerGeneration(generator(tasks))
 
     def training(self, generation: Generation, slots: Tensor, num_tasks: int) -> AbstractContextManager[None]:
         """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the tasks of `generation`."""
@@ -66,7 +66,7 @@ class AdaptedModel:
     def adapted(self, weights: Weights, slots: Tensor) -> AbstractContextManager[None]:
         """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the K tasks of `weights`."""
         num_tasks = len(next(iter(next(iter(weights.values())).values())))
-        return self.injection.active(taken_apart(cast(weights, self.dtype)), None if num_tasks == 1 else slots)
+        return self.injection.active(split_by_site(cast(weights, self.dtype)), None if num_tasks == 1 else slots)
 
     def label_logits(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Return logits [N, V] at the N label positions only; the rest of the vocabulary product is never computed.

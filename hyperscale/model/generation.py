@@ -33,7 +33,7 @@ class Generation(Protocol):
         ...
 
 
-class _Cut:
+class _DetachedWeights:
     """Tensors cut off from the generator's graph; what stands in their place collects gradients in fp32."""
 
     def __init__(self, made: Weights) -> None:
@@ -48,17 +48,17 @@ class _Cut:
         return sum(tensor.nbytes for tensor in tensors_of(self.made))
 
 
-class AtOnce(_Cut):
+class EagerGeneration(_DetachedWeights):
     """All sites' weights from one batched call, as a generator returns them; they collect the gradients."""
 
     def source(self, dtype: torch.dtype) -> Source:
-        return taken_apart(cast(self._leaves, dtype))
+        return split_by_site(cast(self._leaves, dtype))
 
     def held_bytes(self, itemsize: int) -> int:
         return self.nbytes * 2 + self.nbytes // 4 * itemsize
 
 
-class SiteBySite(_Cut):
+class PerSiteGeneration(_DetachedWeights):
     """Each site's weights from its code, where the site acts.
 
     Inside a checkpointed block they are made again in the backward pass, and neither they nor their gradients outlive
@@ -80,11 +80,11 @@ class SiteBySite(_Cut):
         return self.nbytes * 2
 
 
-class Beside:
+class CombinedGeneration:
     """Weights that are kept beside a generation of the other groups."""
 
     def __init__(self, generation: Generation, kept: Weights) -> None:
-        self._generation, self._kept = generation, AtOnce(kept)
+        self._generation, self._kept = generation, EagerGeneration(kept)
 
     def source(self, dtype: torch.dtype) -> Source:
         generated, kept = self._generation.source(dtype), self._kept.source(dtype)
@@ -102,7 +102,7 @@ class Beside:
         return self._generation.held_bytes(itemsize) + self._kept.held_bytes(itemsize)
 
 
-def taken_apart(weights: Weights) -> Source:
+def split_by_site(weights: Weights) -> Source:
     """Cut tensors [K, S, …] into their sites', all at once.
 
     The backward pass then puts the sites' gradients together in one copy. Were each site to take its slice by itself,

@@ -93,7 +93,7 @@ def find_sites(backbone: nn.Module, architecture: Architecture, kinds: Sequence[
                     width = _norm_width(backbone.get_submodule(stack.final_norm))
                     found.append(Site(stack.final_norm, stack.name, len(blocks), target, kind.name, width, width))
     for kind in kinds:
-        _refuse_missing_targets(found, kind, architecture)
+        _check_targets(found, kind, architecture)
     return SiteMap(tuple(found))
 
 
@@ -144,7 +144,7 @@ def _norm_width(norm: nn.Module) -> int:
     return int(getattr(weight, "ds_shape", weight.shape)[0])  # partitioned, its own shape is that of nothing
 
 
-def _refuse_missing_targets(found: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
+def _check_targets(found: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
     used = {site.position for site in found if site.kind == kind.name}
     missing = [target for target in kind.targets if target not in used and kind.acts_on(target) in _CHOSEN]
     if missing:

@@ -20,11 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hyperscale.config.run import Recipe
 from hyperscale.model.adapted import AdaptedModel, token_losses
-from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
-from hyperscale.model.generators.registry import build_generator
-from hyperscale.model.injection import Injection
-from hyperscale.model.sites import find_sites
+from hyperscale.model.build import Blueprint
 from hyperscale.model.task_encoders.registry import blank_features
 from hyperscale.planning.generated import generates_site_by_site
 
@@ -68,15 +65,13 @@ def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
     if recipe.engine.activation_checkpointing:
         set_activation_checkpointing(backbone)
     backbone.to("meta")  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
-    kinds = build_kinds(recipe.adaptation.adapters)
-    site_map = find_sites(backbone, folder.architecture, kinds)
+    blueprint = Blueprint.of_backbone(backbone, folder.architecture, recipe.adaptation.adapters)
     with _FloatsOnMeta():
         num_tasks = len(recipe.data.tasks)
         features = blank_features(recipe.adaptation, num_tasks, folder.config.hidden_size)
-        generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed, features)
-    injection = Injection(backbone, site_map, kinds)
-    by_site = generates_site_by_site(recipe, site_map, kinds)
-    return AdaptedModel(backbone, generator.to("meta"), injection, site_map, folder.architecture, by_site)
+        generator = blueprint.build_generator(recipe.adaptation, num_tasks, recipe.seed, features)
+    by_site = generates_site_by_site(recipe, blueprint.site_map, blueprint.kinds)
+    return blueprint.adapt(backbone, generator.to("meta"), by_site)
 
 
 def trace_step(model: AdaptedModel, shape: StepShape) -> Trace:

@@ -25,9 +25,9 @@ from hyperscale.errors import ConfigError
 from hyperscale.logger import get_logger
 from hyperscale.tracking.jsonl import read_entries, recorded_points
 from hyperscale.tracking.metrics import Point, evaluation_metrics, key_part, points, run_metrics, step_metrics
+from hyperscale.tracking.mlflow_timeouts import short_timeouts
 from hyperscale.tracking.outbox import Outbox
 from hyperscale.tracking.params import flatten, without_credentials
-from hyperscale.tracking.patience import impatient
 from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 # MLflow's own limits (mlflow.utils.validation).
@@ -143,7 +143,7 @@ def open_run(settings: MlflowSettings, default_root: str, run_key: str, name: st
     """Find the run by its id or its key, or create it. `ConfigError` says what to do if MLflow cannot be used."""
     uri = tracking_uri(settings, default_root)
     with clear_errors(uri):
-        with _first_in(uri):
+        with _database_creation_lock(uri):
             client = MlflowClient(tracking_uri=uri)
             experiment = _experiment(client, settings.experiment, uri)
         found = _find_run(client, experiment, run_key, run_id)
@@ -181,7 +181,7 @@ class MlflowTracker:
         self._run_key = facts.tracking_state.get("run_key", self._run_key)
         self._folder = facts.folder
         with ExitStack() as stack:
-            stack.enter_context(impatient())
+            stack.enter_context(short_timeouts())
             self._run = run = self._open(facts)
             self._cleanup = stack.pop_all()
         recipient = f"MLflow at {without_credentials(run.reference.uri)}"
@@ -268,7 +268,7 @@ def record_end(settings: MlflowSettings, default_root: str, run_key: str, outcom
     """Say how a run ended whose rank 0 was killed before it could; for the driver. Warns if that fails."""
     uri = tracking_uri(settings, default_root)
     try:
-        with impatient(), clear_errors(uri):
+        with short_timeouts(), clear_errors(uri):
             client = MlflowClient(tracking_uri=uri)
             found = _find_run(client, _experiment(client, settings.experiment, uri), run_key, None)
             if found is not None and found.info.status == "RUNNING":
@@ -284,7 +284,7 @@ def record_comparison(
     """Record a comparison as a run of its own, with its table as artifacts. Warns if that fails."""
     uri = tracking_uri(settings, default_root)
     try:
-        with impatient(), clear_errors(uri):
+        with short_timeouts(), clear_errors(uri):
             run = open_run(settings, default_root, f"comparison-{name}-{time.time_ns()}", name, None)
             client, run_id = MlflowClient(tracking_uri=uri), run.reference.run_id
             run.log(points(metrics, 0, time.time()))
@@ -296,7 +296,7 @@ def record_comparison(
 
 
 @contextmanager
-def _first_in(uri: str) -> Iterator[None]:
+def _database_creation_lock(uri: str) -> Iterator[None]:
     """Let one process at a time create a database file: MLflow writes its tables in many steps and locks nothing."""
     if not uri.startswith("sqlite:///"):
         yield

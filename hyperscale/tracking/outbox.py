@@ -87,10 +87,10 @@ class Outbox(Generic[Item]):
             except Exception as error:  # noqa: BLE001 - whatever a vendor raises must not end the thread
                 if not self._is_temporary(error):
                     self._num_lost += len(work)
-                    self._tell_refusal(error)
+                    self._log_rejection(error)
                     continue
                 self._put_back(work)
-                self._tell_failure(error)
+                self._log_failure(error)
                 if self._rest(pause):
                     return
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -129,12 +129,12 @@ class Outbox(Generic[Item]):
             self._entries.extendleft(reversed(work))
             self._num_taken = 0
 
-    def _tell_refusal(self, error: Exception) -> None:
+    def _log_rejection(self, error: Exception) -> None:
         if not self._has_refused:
             _log.warning("%s refused what it was sent: %s", self._recipient, _first_line(error))
         self._has_refused = True
 
-    def _tell_failure(self, error: Exception) -> None:
+    def _log_failure(self, error: Exception) -> None:
         if not self._is_failing:
             _log.warning(
                 "%s does not answer; the run goes on and sends it later (%s)", self._recipient, _first_line(error)

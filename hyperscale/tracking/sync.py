@@ -9,8 +9,8 @@ from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError, RunFolderError
 from hyperscale.tracking.jsonl import METRICS_FILE, Entry, read_entries, recorded_points
 from hyperscale.tracking.mlflow import RunReference, clear_errors, open_run, tracking_uri
-from hyperscale.tracking.patience import impatient
-from hyperscale.tracking.report import mlflow_place
+from hyperscale.tracking.mlflow_timeouts import short_timeouts
+from hyperscale.tracking.places import mlflow_place
 from hyperscale.train.callbacks import RunFacts, RunOutcome
 
 
@@ -47,7 +47,7 @@ def sync_to_mlflow(folder: str, settings: MlflowSettings, default_root: str) -> 
     entries = _read(folder)
     facts, run_key = _last_start(folder, entries)
     uri = tracking_uri(settings, default_root)
-    with impatient(), clear_errors(uri):
+    with short_timeouts(), clear_errors(uri):
         run = open_run(settings, default_root, run_key, facts.name, facts.tracking_state.get("mlflow_run_id"))
         run.describe(facts, {}, settings.artifacts)
         all_points = recorded_points(entries)

@@ -8,7 +8,7 @@ from hyperscale.data.corpus import Corpus
 from hyperscale.data.metrics import majority_score, score
 from hyperscale.data.origins import Split
 from hyperscale.engine.base import Engine
-from hyperscale.train.answers import Answerer, Question
+from hyperscale.inference.answers import Answerer, Question
 from hyperscale.train.callbacks import EvaluationRecord
 
 UNTOUCHED = "untouched"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.config.adaptation import HypernetworkSettings
-from hyperscale.model.generation import Generation, SiteBySite
+from hyperscale.model.generation import Generation, PerSiteGeneration
 from hyperscale.model.generators.generator import GroupSpecs
 from hyperscale.model.generators.heads import Heads, site_rows
 from hyperscale.model.generators.starts import start_trunk
@@ -134,7 +134,7 @@ class Hypernetwork(nn.Module):
         """Return a generation that runs the trunks once and the heads at every site."""
         task_codes = self.task_encoder(task_index)
         codes = {name: stack.get_submodule("trunk")(task_codes) for name, stack in self.stacks.items()}
-        return SiteBySite(codes, self._site)
+        return PerSiteGeneration(codes, self._site)
 
     def _site(self, group: str, index: int, codes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         name = self._stack_of[group]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperscale.model.generation import AtOnce, Beside, Generation
+from hyperscale.model.generation import CombinedGeneration, EagerGeneration, Generation
 from hyperscale.model.generators.generator import GroupSpecs, parameter_name
 from hyperscale.model.generators.starts import start_stored
 from hyperscale.model.sites import SiteMap
@@ -51,7 +51,7 @@ class Independent(nn.Module):
 
     def site_by_site(self, task_index: Tensor) -> Generation:
         """Return copies of rows, no larger than what is stored."""
-        return AtOnce(self(task_index))
+        return EagerGeneration(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
         """Return all names: every parameter holds a row for each task."""
@@ -71,14 +71,14 @@ class Shared(nn.Module):
 
     def site_by_site(self, task_index: Tensor) -> Generation:
         """Return copies of what is stored."""
-        return AtOnce(self(task_index))
+        return EagerGeneration(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
         """Return nothing: no parameter belongs to one task."""
         return ()
 
 
-class Together(nn.Module):
+class WithStoredWeights(nn.Module):
     """A generator, and beside it the weights of kinds that no generator makes."""
 
     def __init__(self, generated: Any, kept: Any) -> None:
@@ -96,7 +96,11 @@ class Together(nn.Module):
     def site_by_site(self, task_index: Tensor) -> Generation:
         """Return what is generated site by site, and beside it what is kept."""
         kept: Weights = self.kept(task_index)
-        return AtOnce(kept) if self.generated is None else Beside(self.generated.site_by_site(task_index), kept)
+        return (
+            EagerGeneration(kept)
+            if self.generated is None
+            else CombinedGeneration(self.generated.site_by_site(task_index), kept)
+        )
 
     @property
     def task_encoder(self) -> nn.Module | None:

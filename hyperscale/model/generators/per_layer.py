@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from hyperscale.config.adaptation import PerLayerSettings
-from hyperscale.model.generation import AtOnce, Generation
+from hyperscale.model.generation import EagerGeneration, Generation
 from hyperscale.model.generators.generator import GroupSpecs, parameter_name
 from hyperscale.model.generators.heads import SiteHeads
 from hyperscale.model.generators.starts import start_trunk
@@ -52,7 +52,7 @@ class PerLayer(nn.Module):
 
     def site_by_site(self, task_index: Tensor) -> Generation:
         """Return all at once: every site's heads are larger than what they make, for up to `code_dim` tasks."""
-        return AtOnce(self(task_index))
+        return EagerGeneration(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
         """Return the name of what the task encoder keeps of each task."""

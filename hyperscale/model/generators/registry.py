@@ -11,14 +11,14 @@ from hyperscale.config.adaptation import AdaptationSettings, NormDeltaSettings
 from hyperscale.model.adapters.kinds import AdapterKind
 from hyperscale.model.generators.generator import GroupSpecs, group_specs
 from hyperscale.model.generators.hypernetwork import Hypernetwork
-from hyperscale.model.generators.independent import Independent, Shared, Together
+from hyperscale.model.generators.independent import Independent, Shared, WithStoredWeights
 from hyperscale.model.generators.per_layer import PerLayer
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.task_encoders.registry import TaskEncoder, build_task_encoder
 
 
 @dataclass(frozen=True)
-class _Ask:
+class GeneratorSpec:
     """What a generator is made for."""
 
     settings: AdaptationSettings
@@ -31,25 +31,25 @@ class _Ask:
         return build_task_encoder(self.settings.task_encoder, self.num_tasks, self.task_features)
 
 
-def _hypernetwork(ask: _Ask) -> nn.Module:
+def _hypernetwork(ask: GeneratorSpec) -> nn.Module:
     settings: Any = ask.settings.generator
     return Hypernetwork(settings, ask.task_encoder(), ask.site_map, ask.specs, ask.settings.init)
 
 
-def _per_layer(ask: _Ask) -> nn.Module:
+def _per_layer(ask: GeneratorSpec) -> nn.Module:
     settings: Any = ask.settings.generator
     return PerLayer(settings, ask.task_encoder(), ask.site_map, ask.specs, ask.settings.init)
 
 
-def _independent(ask: _Ask) -> nn.Module:
+def _independent(ask: GeneratorSpec) -> nn.Module:
     return Independent(ask.site_map, ask.specs, ask.num_tasks)
 
 
-def _shared(ask: _Ask) -> nn.Module:
+def _shared(ask: GeneratorSpec) -> nn.Module:
     return Shared(ask.site_map, ask.specs)
 
 
-GENERATORS: Mapping[str, Callable[[_Ask], nn.Module]] = {
+GENERATORS: Mapping[str, Callable[[GeneratorSpec], nn.Module]] = {
     "hypernetwork": _hypernetwork,
     "per_layer": _per_layer,
     "independent": _independent,
@@ -80,12 +80,12 @@ def build_generator(
     kept = site_map.where(lambda site: site.kind not in generated)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ask = _Ask(settings, made, specs, num_tasks, task_features)
+        ask = GeneratorSpec(settings, made, specs, num_tasks, task_features)
         generator = GENERATORS[settings.generator.kind](ask) if made.sites else None
         if generator is not None and not kept.sites:
             return generator
         beside = Independent(kept, specs, num_tasks) if _norms_per_task(settings) else Shared(kept, specs)
-        return Together(generator, beside)
+        return WithStoredWeights(generator, beside)
 
 
 def stored_features(tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -14,14 +14,14 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from hyperscale.compare.record import RunRecord, changed_setting, read_record, record_run, write_record
 from hyperscale.config.comparison import Comparison, Method
 from hyperscale.config.loading import dump_recipe, load_recipe, parse_recipe, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.config.yaml_file import read_mapping
 from hyperscale.errors import ConfigError, HyperscaleError, RunFolderError, nearest
-from hyperscale.launch.context import RESULT, RunResult, read_result
-from hyperscale.launch.run_record import RunRecord, changed_setting, read_record, record_run, write_record
 from hyperscale.logger import get_logger
+from hyperscale.run.context import RESULT, RunResult, read_result
 
 _logger = get_logger(__name__)
 
@@ -259,7 +259,9 @@ def _kept_record(comparison: Comparison, recipe: Recipe) -> RunRecord | None:
     records = _records_of(comparison)
     kept = read_record(records, recipe.name)
     if kept is not None:
-        _refuse_another(recipe, {**kept.recipe, "output": recipe.output}, f"{records} holds a record of {recipe.name}")
+        _check_same_settings(
+            recipe, {**kept.recipe, "output": recipe.output}, f"{records} holds a record of {recipe.name}"
+        )
     return kept
 
 
@@ -272,7 +274,7 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
     folder = Path(recipe.output)
     if (folder / "recipe.yaml").is_file():
         earlier = read_mapping(folder / "recipe.yaml", "a recipe", ConfigError)
-        _refuse_another(recipe, earlier, f"{folder} holds a run")
+        _check_same_settings(recipe, earlier, f"{folder} holds a run")
     if (folder / RESULT).is_file():
         return read_result(recipe.output)
     file = output / "recipes" / f"{recipe.name}.yaml"
@@ -289,7 +291,7 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
         ) from error
 
 
-def _refuse_another(recipe: Recipe, earlier: Mapping[str, Any], what: str) -> None:
+def _check_same_settings(recipe: Recipe, earlier: Mapping[str, Any], what: str) -> None:
     """A run of other settings under the same name must not count as this one's."""
     changed = changed_setting(parse_recipe(earlier, what), recipe)
     if changed is not None:

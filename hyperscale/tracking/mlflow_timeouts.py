@@ -21,7 +21,7 @@ _LEVELS = {
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
+def short_timeouts() -> Iterator[None]:
     """Give MLflow short timeouts (unless the user has set some), and keep it and its libraries quiet meanwhile."""
     added = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
     levels = {name: logging.getLogger(name).level for name in _LEVELS}

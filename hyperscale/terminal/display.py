@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hyperscale.config.tracking import ProgressSettings
-from hyperscale.tracking.formats import count, duration, score
+from hyperscale.terminal.formats import count, duration, score
+from hyperscale.terminal.progress import Progress, advance
 from hyperscale.tracking.metrics import mean_score
-from hyperscale.tracking.progress import Progress, advance
 
 _STAGES = {"majority": "majority class", "untouched": "untouched backbone", "validation": "validation", "test": "test"}
 _LINE_TASKS = 8

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperscale.data.bootstrap import Scores, draw, interval, resampled_scores, seed_interval
-from hyperscale.launch.compare import FinishedTrial, Outcome
-from hyperscale.launch.run_record import TaskAnswers
-from hyperscale.launch.worker import tell_comparison
-from hyperscale.tracking.formats import counted, duration
+from hyperscale.compare.intervals import Scores, draw, interval, resampled_scores, seed_interval
+from hyperscale.compare.record import TaskAnswers
+from hyperscale.compare.schedule import FinishedTrial, Outcome
+from hyperscale.run.worker import record_comparison_run
+from hyperscale.terminal.formats import counted, duration
 from hyperscale.tracking.metrics import key_part
 
 _SEED = 20261125
@@ -141,7 +141,7 @@ def publish(outcome: Outcome) -> str:
     files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     recipe = next(iter(outcome.final.values()))[0].trial.recipes[0]
     if recipe.tracking.mlflow.enabled:
-        tell_comparison(recipe, outcome.comparison.name, metrics(summaries), files)
+        record_comparison_run(recipe, outcome.comparison.name, metrics(summaries), files)
     return text
 
 

@@ -13,10 +13,10 @@ from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import TrainLoader
 from hyperscale.engine.base import Engine
-from hyperscale.launch.context import RunResult, WorkerContext, write_result
-from hyperscale.launch.predictions import write_predictions
 from hyperscale.model.generators.generator import num_parameters
-from hyperscale.tracking.progress import ProgressSender
+from hyperscale.run.context import RunResult, WorkerContext, write_result
+from hyperscale.run.predictions import write_predictions
+from hyperscale.terminal.progress import ProgressSender
 from hyperscale.train.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome
 from hyperscale.train.evaluation import TEST, UNTOUCHED, VALIDATION, Evaluator, majority_record
 from hyperscale.train.trainer import Trainer
@@ -161,7 +161,7 @@ class TrainingRun:
 
 
 @contextmanager
-def told(run: TrainingRun) -> Iterator[list[RunOutcome]]:
+def notifying_listeners(run: TrainingRun) -> Iterator[list[RunOutcome]]:
     """Tell the listeners that the run starts, and how it ended, whatever happens in between."""
     start = time.monotonic()
     for callback in run.callbacks:

@@ -15,9 +15,9 @@ from hyperscale.data.tokenization import Encoded, TaskTokenizer, TokenIds, short
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.errors import DataError
 from hyperscale.export.bundle import BundleManifest
-from hyperscale.inference.load import LoadedBundles
+from hyperscale.inference.answers import Answerer, Question
 from hyperscale.logger import get_logger
-from hyperscale.train.answers import Answerer, Question
+from hyperscale.serving.load import LoadedBundles
 
 _logger = get_logger(__name__)
 

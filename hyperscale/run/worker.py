@@ -18,7 +18,7 @@ from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
-from hyperscale.data.corpus import load_corpus, refuse_unlike_rows
+from hyperscale.data.corpus import check_same_rows, load_corpus
 from hyperscale.data.descriptions import DescriptionBatch, encode_descriptions
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
@@ -28,22 +28,18 @@ from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.engine.step import TrainingStep
 from hyperscale.errors import EngineError
 from hyperscale.export.exporter import export_bundles, restore_generator
-from hyperscale.launch.adapt import begin_from_known_tasks
-from hyperscale.launch.context import RunIdentity, RunResult, WorkerContext
-from hyperscale.launch.training_run import Session, TrainingRun, told
 from hyperscale.logger import get_logger, set_up_logging
-from hyperscale.model.adapted import AdaptedModel
-from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
+from hyperscale.model.build import Blueprint
 from hyperscale.model.description import text_features
 from hyperscale.model.generators.generator import keep_known_tasks
-from hyperscale.model.generators.registry import build_generator
-from hyperscale.model.injection import Injection
-from hyperscale.model.sites import find_sites
 from hyperscale.planning.generated import generates_site_by_site
 from hyperscale.planning.parts import find_parts
+from hyperscale.run.adapt import begin_from_known_tasks
+from hyperscale.run.context import RunIdentity, RunResult, WorkerContext
+from hyperscale.run.session import Session, TrainingRun, notifying_listeners
+from hyperscale.terminal.progress import ProgressSender
 from hyperscale.tracking.jsonl import JsonlTracker
-from hyperscale.tracking.progress import ProgressSender
 from hyperscale.tracking.provenance import package_versions
 from hyperscale.train.callbacks import Callback, EvaluationRecord, RunOutcome
 from hyperscale.train.evaluation import majority_record, split_of
@@ -64,7 +60,7 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
     checkpoint = _newest_checkpoint(session)
     origins = begin_from_known_tasks(session) if checkpoint is None and recipe.start else ()
     run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else (), origins)
-    with told(run) as outcome:
+    with notifying_listeners(run) as outcome:
         run.train()
         bundles = _export(session) if recipe.export.enabled else {}
         outcome.append(RunOutcome("finished", recipe.training.steps, time.monotonic() - start, bundles=bundles))
@@ -101,7 +97,7 @@ def _open_session(recipe: Recipe, context: WorkerContext, may_lack_test: bool = 
     )
     sender.phase(f"loading {recipe.backbone.name} ({recipe.engine.kind} engine, {context.world_size} workers)")
     collective = TorchCollective(device) if context.world_size > 1 else SingleProcess()
-    refuse_unlike_rows(collective.gather(corpus.describe()))
+    check_same_rows(collective.gather(corpus.describe()))
     descriptions = None
     if recipe.adaptation.reads_descriptions:
         tasks = [loaded.task for loaded in corpus.tasks]
@@ -167,18 +163,15 @@ def build_engine(
         if recipe.engine.activation_checkpointing:
             set_activation_checkpointing(dense)
         backbone = dense.to(device)  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
-    kinds = build_kinds(recipe.adaptation.adapters)
-    site_map = find_sites(backbone, folder.architecture, kinds)
+    blueprint = Blueprint.of_backbone(backbone, folder.architecture, recipe.adaptation.adapters)
     features = None
     if descriptions is not None:
         ids, mask = descriptions.input_ids.to(device), descriptions.attention_mask.to(device)
         features = text_features(backbone, folder.architecture, ids, mask)
         if deepspeed_engine is not None:
             deepspeed_engine.optimizer.partition_all_parameters()
-    generator = build_generator(recipe.adaptation, site_map, kinds, num_tasks, recipe.seed, features).to(device)
-    injection = Injection(backbone, site_map, kinds)
-    by_site = generates_site_by_site(recipe, site_map, kinds)
-    model = AdaptedModel(backbone, generator, injection, site_map, folder.architecture, by_site)
+    generator = blueprint.build_generator(recipe.adaptation, num_tasks, recipe.seed, features).to(device)
+    model = blueprint.adapt(backbone, generator, generates_site_by_site(recipe, blueprint.site_map, blueprint.kinds))
     start = recipe.start
     fixed = keep_known_tasks(generator, start.known_tasks) if start and start.train == "new_tasks" else {}
     optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps, fixed)
@@ -209,7 +202,7 @@ def _newest_checkpoint(session: Session) -> Checkpoint | None:
     return checkpoint
 
 
-def tell_failure(recipe: Recipe, run: RunIdentity, message: str) -> None:
+def record_failed_run(recipe: Recipe, run: RunIdentity, message: str) -> None:
     """Record that a run has failed whose rank 0 could not say so itself; for the driver."""
     if recipe.tracking.mlflow.enabled:
         from hyperscale.tracking.mlflow import record_end
@@ -218,7 +211,7 @@ def tell_failure(recipe: Recipe, run: RunIdentity, message: str) -> None:
         record_end(recipe.tracking.mlflow, str(open_place(recipe.output).parent), run.key, outcome)
 
 
-def tell_comparison(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
+def record_comparison_run(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
     """Record a comparison beside the runs of `recipe`; for the driver."""
     from hyperscale.tracking.mlflow import record_comparison
 

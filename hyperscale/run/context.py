@@ -76,7 +76,7 @@ def ignore(_event: dict[str, Any]) -> None:
     """Drop the progress events of ranks that nobody watches."""
 
 
-def as_mistake(kind: str, message: str) -> HyperscaleError:
+def user_error(kind: str, message: str) -> HyperscaleError:
     """Return the error that a worker raised in another process, by its class's name."""
     kinds = {found.__name__: found for found in HyperscaleError.__subclasses__()}
     return kinds.get(kind, HyperscaleError)(message)

@@ -20,8 +20,8 @@ from hyperscale.config.run import Recipe
 from hyperscale.data.metrics import comparable, positive_answer
 from hyperscale.data.tasks import MetricName, Task
 from hyperscale.errors import RunFolderError
-from hyperscale.launch.context import RunResult
-from hyperscale.launch.predictions import read_predictions
+from hyperscale.run.context import RunResult
+from hyperscale.run.predictions import read_predictions
 from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.metrics import main_score
 from hyperscale.tracking.params import flatten

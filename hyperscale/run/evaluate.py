@@ -4,9 +4,9 @@ from typing import Any
 
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
 from hyperscale.config.loading import parse_recipe
-from hyperscale.launch.context import RunIdentity, WorkerContext
-from hyperscale.launch.worker import evaluate_worker
-from hyperscale.tracking.display import ProgressDisplay
+from hyperscale.run.context import RunIdentity, WorkerContext
+from hyperscale.run.worker import evaluate_worker
+from hyperscale.terminal.display import ProgressDisplay
 from hyperscale.train.callbacks import EvaluationRecord
 from hyperscale.train.evaluation import TEST
 

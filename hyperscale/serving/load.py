@@ -18,9 +18,8 @@ from hyperscale.export.native_format import read_native
 from hyperscale.export.peft_format import read_peft
 from hyperscale.logger import get_logger
 from hyperscale.model.adapted import AdaptedModel
-from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import load_dense, open_backbone
-from hyperscale.model.injection import Injection
+from hyperscale.model.build import Blueprint
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -94,13 +93,11 @@ def load_bundles(folders: Sequence[Path], backbone: str | None = None, dtype: st
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _logger.info("loading %s (%s) on %s", settings.name, settings.dtype, device)
     module = load_dense(found, settings).eval().to(device)
-    site_map = SiteMap.from_json(first.sites)
-    kinds = build_kinds(first.adapters)
+    blueprint = Blueprint.of_sites(first.sites, first.backbone.model_type, first.adapters)
     weights = StoredWeights(
-        [_read(folder, manifest, site_map) for folder, manifest in zip(folders, manifests, strict=True)]
+        [_read(folder, manifest, blueprint.site_map) for folder, manifest in zip(folders, manifests, strict=True)]
     )
-    model = AdaptedModel(module, weights, Injection(module, site_map, kinds), site_map, found.architecture)
-    return LoadedBundles(model, manifests, AutoTokenizer.from_pretrained(found.path), device)
+    return LoadedBundles(blueprint.adapt(module, weights), manifests, AutoTokenizer.from_pretrained(found.path), device)
 
 
 def _read(folder: Path, manifest: BundleManifest, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:

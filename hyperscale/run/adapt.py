@@ -17,8 +17,8 @@ from hyperscale.config.loading import change_recipe, parse_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError
 from hyperscale.export.exporter import restore_generator
-from hyperscale.launch.training_run import Session
 from hyperscale.model.generators.generator import with_new_tasks
+from hyperscale.run.session import Session
 
 
 def adapted_recipe(

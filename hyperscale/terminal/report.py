@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hyperscale.tracking.formats import duration, gain, score
+from hyperscale.terminal.formats import duration, gain, score
 from hyperscale.tracking.metrics import main_score, mean_score
 from hyperscale.train.callbacks import EvaluationRecord
 
@@ -84,13 +84,6 @@ def print_report(summary: RunSummary, console: Console) -> None:
     for command, purpose in summary.next_commands:
         console.print(Text(f"  # {purpose}", style="dim"), soft_wrap=True)
         console.print(Text(f"  {command}"), soft_wrap=True)
-
-
-def mlflow_place(uri: str, experiment_id: str | None, run_id: str) -> str:
-    """Return how to see a run: its page on a server, or the command that opens its database."""
-    if uri.startswith("http"):
-        return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
-    return f"{run_id} (mlflow ui --backend-store-uri {uri})"
 
 
 def _main(record: EvaluationRecord, task: str) -> float | None:

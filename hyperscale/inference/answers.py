@@ -14,8 +14,8 @@ from hyperscale.data.collate import Layout
 from hyperscale.data.loader import prompt_batches, scoring_batches
 from hyperscale.data.tokenization import Encoded, TaskTokenizer
 from hyperscale.engine.collective import Collective
+from hyperscale.inference.decoding import answer_log_likelihoods, greedy_decode
 from hyperscale.model.adapted import AdaptedModel
-from hyperscale.model.decoding import answer_log_likelihoods, greedy_decode
 
 
 @dataclass(frozen=True)

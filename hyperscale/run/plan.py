@@ -17,7 +17,7 @@ from hyperscale.planning.run_plan import Machine, RunPlan, plan_run
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
     """The options of the command; None = not given."""
 
     gpus: int | None
@@ -30,7 +30,7 @@ class Asked:
     """TFLOP a second that one rank sustains."""
 
 
-def plan_recipe(recipe: Recipe, asked: Asked) -> RunPlan:
+def plan_recipe(recipe: Recipe, asked: PlanOptions) -> RunPlan:
     """Plan a recipe, on `asked.gpus` GPUs or as its own cluster section says.
 
     Raises:

@@ -9,12 +9,10 @@ from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import load_corpus
 from hyperscale.data.descriptions import encode_descriptions
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
-from hyperscale.export.peft_format import refuse_unless_sayable
-from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.export.peft_format import require_peft_support
 from hyperscale.model.backbone import build_empty, open_backbone
+from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.generator import num_parameters
-from hyperscale.model.generators.registry import build_generator
-from hyperscale.model.sites import find_sites
 from hyperscale.model.task_encoders.registry import blank_features
 
 
@@ -38,10 +36,9 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
     say("opening the backbone")
     folder = open_backbone(recipe.backbone)
     empty = build_empty(folder, recipe.backbone)
-    kinds = build_kinds(recipe.adaptation.adapters)
-    site_map = find_sites(empty, folder.architecture, kinds)
+    blueprint = Blueprint.of_backbone(empty, folder.architecture, recipe.adaptation.adapters)
     if recipe.export.format == "peft":
-        refuse_unless_sayable(site_map, folder.architecture)
+        require_peft_support(blueprint.site_map, folder.architecture)
     if recipe.engine.kind == "zero":
         complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
     say("reading the tasks")
@@ -55,10 +52,10 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
     if recipe.adaptation.reads_descriptions:
         encode_descriptions([loaded.task for loaded in corpus.tasks], tokenizer, corpus.layout.pad_token_id)
     features = blank_features(recipe.adaptation, len(corpus.tasks), folder.config.hidden_size)
-    generator = build_generator(recipe.adaptation, site_map, kinds, len(corpus.tasks), recipe.seed, features)
+    generator = blueprint.build_generator(recipe.adaptation, len(corpus.tasks), recipe.seed, features)
     return Preflight(
         backbone_parameters=sum(parameter.numel() for parameter in empty.parameters()),
         trained_parameters=num_parameters(generator),
-        sites=len(site_map.sites),
+        sites=len(blueprint.site_map.sites),
         rows={loaded.task.name: (len(loaded.train.encoded), len(loaded.validation.encoded)) for loaded in corpus.tasks},
     )

@@ -37,7 +37,7 @@ def with_described_tasks(trained: TrainedGenerator, names: Sequence[str]) -> Tra
     found = [load_task(name, trained.recipe.data.task_folders) for name in names]
     tasks = [task.written_for(is_encoder_decoder) for task in found]
     for task in tasks:
-        _refuse_unusable(task, [known.name for known in trained.tasks])
+        _check_describable(task, [known.name for known in trained.tasks])
     folder = open_backbone(trained.recipe.backbone)
     if folder.digest() != trained.backbone["digest"]:
         raise BundleError(f"{folder.path} is another backbone than the one that the checkpoint was trained with")
@@ -53,7 +53,7 @@ def with_described_tasks(trained: TrainedGenerator, names: Sequence[str]) -> Tra
     return replace(trained, tasks=(*trained.tasks, *tasks), origins=(*origins, *nothing))
 
 
-def _refuse_unusable(task: Task, known: Sequence[str]) -> None:
+def _check_describable(task: Task, known: Sequence[str]) -> None:
     if task.name in known:
         raise DataError(f"task '{task.name}' was trained; export it without --describe")
     if task.label_column is not None and task.labels is None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from hyperscale.data import templates
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
-from hyperscale.launch.context import RunResult
-from hyperscale.tracking.report import RunSummary, all_scores_table, final_table, mlflow_place, print_report
+from hyperscale.run.context import RunResult
+from hyperscale.terminal.report import RunSummary, all_scores_table, final_table, print_report
+from hyperscale.tracking.places import mlflow_place
 from hyperscale.train.callbacks import EvaluationRecord
 from hyperscale.train.evaluation import MAJORITY, UNTOUCHED, VALIDATION
 
