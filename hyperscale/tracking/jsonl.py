@@ -19,10 +19,10 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from hyperscale.config.secrets import without_credentials
 from hyperscale.errors import RunFolderError
 from hyperscale.logger import get_logger
 from hyperscale.tracking.metrics import Point, evaluation_metrics, points, run_metrics, step_metrics
-from hyperscale.tracking.params import without_credentials
 from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 METRICS_FILE = "metrics.jsonl"

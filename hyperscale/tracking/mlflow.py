@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from requests.exceptions import RequestException
 
+from hyperscale.config.secrets import without_credentials
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError
 from hyperscale.logger import get_logger
@@ -27,7 +28,7 @@ from hyperscale.tracking.jsonl import read_entries, recorded_points
 from hyperscale.tracking.metrics import Point, evaluation_metrics, key_part, points, run_metrics, step_metrics
 from hyperscale.tracking.mlflow_timeouts import short_timeouts
 from hyperscale.tracking.outbox import Outbox
-from hyperscale.tracking.params import flatten, without_credentials
+from hyperscale.tracking.params import flatten
 from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 # MLflow's own limits (mlflow.utils.validation).

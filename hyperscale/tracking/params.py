@@ -1,27 +1,13 @@
-"""A resolved recipe as flat parameters, without its secrets."""
+"""A resolved recipe as flat parameters."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def flatten(recipe: Mapping[str, Any]) -> dict[str, str]:
     """Return `training.optimizer.betas -> "[0.9, 0.999]"` …: dotted paths; lists of plain values stay one value."""
     return dict(_leaves("", recipe))
-
-
-def without_credentials(value: Any) -> Any:
-    """Return JSON values with the `user:password@` taken out of every URI: they go where more people read."""
-    if isinstance(value, str):
-        return _CREDENTIALS.sub("", value)
-    if isinstance(value, Mapping):
-        return {key: without_credentials(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_credentials(entry) for entry in value]
-    return value
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
