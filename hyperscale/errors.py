@@ -20,6 +20,10 @@ class ConfigError(HyperscaleError):
     exit_code = 2
 
 
+class PluginError(ConfigError):
+    """A plug-in cannot be loaded, or registers a name that is taken."""
+
+
 class DataError(HyperscaleError):
     """A task file or its rows are wrong: missing column, malformed line, unknown label, no rows."""
 
