@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hyperscale import __version__, commands
+from hyperscale import commands
 from hyperscale.config.loading import packaged_recipes
 from hyperscale.errors import HyperscaleError, nearest
 from hyperscale.logger import set_up_logging
+from hyperscale.version import __version__
 
 Command = Callable[[argparse.Namespace], int]
 

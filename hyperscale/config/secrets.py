@@ -46,12 +46,12 @@ def _entry(key: str, value: Any) -> Any:
 def _masked(uri: re.Match[str]) -> str:
     scheme, rest = uri.groups()
     user, separator, host = rest.rpartition("@")
-    if not separator or not _is_user(scheme.lower(), user, rest) or _VARIABLE.fullmatch(user):
+    if not separator or not _is_user(scheme.lower(), rest) or _VARIABLE.fullmatch(user):
         return uri.group()
     return f"{scheme}://{MASK}@{host}"
 
 
-def _is_user(scheme: str, user: str, rest: str) -> bool:
+def _is_user(scheme: str, rest: str) -> bool:
     """Tell `user:pass/word@host` from `host:8020/folder@2026` and from the containers of Azure's URIs."""
     start = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if scheme in _CONTAINERS and ":" not in start:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperscale import __version__
 from hyperscale.checkpoint.store import Checkpoint
 from hyperscale.config.loading import parse_recipe, render_recipe
 from hyperscale.config.run import Recipe
@@ -29,6 +28,7 @@ from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.registry import stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
+from hyperscale.version import __version__
 
 _logger = get_logger(__name__)
 
