@@ -8,11 +8,15 @@ from hyperscale.version import __version__ as __version__
 if TYPE_CHECKING:
     from hyperscale.api.adapt import MultiTaskModel as MultiTaskModel
     from hyperscale.api.adapt import adapt as adapt
+    from hyperscale.api.bundles import Bundles as Bundles
+    from hyperscale.api.bundles import load_bundles as load_bundles
     from hyperscale.config.adaptation import LoraSettings as LoraSettings
 
 _PUBLIC = {
     "MultiTaskModel": "hyperscale.api.adapt",
     "adapt": "hyperscale.api.adapt",
+    "Bundles": "hyperscale.api.bundles",
+    "load_bundles": "hyperscale.api.bundles",
     "LoraSettings": "hyperscale.config.adaptation",
 }
 """Public name -> the module that defines it, imported at first use: torch is slow to load."""

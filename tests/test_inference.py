@@ -1,6 +1,7 @@
 """Bundles answer rows as the trained model did, on a machine that has nothing of training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import hyperscale as hs
 from hyperscale.checkpoint.store import load_checkpoint
 from hyperscale.cli import main
 from hyperscale.config.run import Recipe
@@ -16,6 +18,7 @@ from hyperscale.data.corpus import Corpus
 from hyperscale.data.examples import renderer
 from hyperscale.data.rows import read_rows
 from hyperscale.engine.base import Engine
+from hyperscale.errors import BundleError, DataError
 from hyperscale.inference.answers import Answerer, Question
 from hyperscale.launch.local import train_in_process
 from hyperscale.run.context import RunResult
@@ -168,3 +171,44 @@ def test_a_serving_machine_needs_nothing_of_training(run: Finished, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].split() == ["LOADED", "torch"]
     assert len(read(tmp_path / "answers.jsonl")) == 1
+
+
+def test_python_gives_the_same_answers(run: Finished):
+    bundles = hs.load_bundles(run.bundles())
+    assert bundles.predict(run.rows, batch_size=5) == run.answers
+    plural = [(row, answer) for row, answer in zip(run.rows, run.answers, strict=True) if row["task"] == "plural"]
+    words = [{"word": row["word"]} for row, _ in plural]
+    assert bundles.predict(words, task="plural") == [answer for _, answer in plural]
+    prompts = [f"Plural of {row['word']}:" for row in words]
+    assert bundles.generate(prompts, "plural", max_new_tokens=1) != bundles.generate(prompts, "plural")
+
+
+def test_bundles_are_added_and_removed_while_loaded(run: Finished):
+    bundles = hs.load_bundles(run.bundles("past"))
+    with pytest.raises(BundleError, match=r"no bundle of task 'plural' is loaded\. Loaded: past"):
+        bundles.predict([{"word": "city"}], task="plural")
+    assert [bundles.add(folder) for folder in run.bundles("plural", "feeling")] == ["plural", "feeling"]
+    assert bundles.predict(run.rows) == run.answers
+    with pytest.raises(BundleError, match="a bundle of task 'plural' is loaded already"):
+        bundles.add(run.bundles("plural")[0])
+    bundles.remove("past")
+    assert bundles.tasks == ("plural", "feeling")
+    left = [(row, answer) for row, answer in zip(run.rows, run.answers, strict=True) if row["task"] != "past"]
+    assert bundles.predict([row for row, _ in left]) == [answer for _, answer in left]
+    with pytest.raises(DataError, match=r"row 0: several bundles are loaded"):
+        bundles.predict([{"task": "past", "word": "walk"}])
+
+
+def test_bundles_of_other_sites_are_not_mixed(run: Finished, tmp_path: Path):
+    bundles = hs.load_bundles(run.bundles("past"))
+    copy = tmp_path / "other"
+    shutil.copytree(run.bundles("plural")[0], copy)
+    manifest = json.loads((copy / "hyperscale.json").read_text())
+    manifest["backbone"]["digest"] = "0" * 64
+    (copy / "hyperscale.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"other has another backbone than the bundle of task 'past'"):
+        bundles.add(copy)
+    with pytest.raises(BundleError, match="give at least one bundle folder"):
+        hs.load_bundles([])
+    with pytest.raises(ValueError, match="2 tasks for 1 prompts"):
+        bundles.generate(["x"], ["past", "past"])

@@ -11,6 +11,7 @@ from hyperscale.data.collate import Layout
 from hyperscale.data.corpus import pad_token_id
 from hyperscale.data.examples import renderer
 from hyperscale.data.rows import Row, read_rows
+from hyperscale.data.tasks import Task
 from hyperscale.data.tokenization import Encoded, TaskTokenizer, TokenIds, shorten
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.errors import DataError
@@ -44,25 +45,60 @@ def predict_file(bundles: LoadedBundles, input: Path, output: Path, batch_size: 
 
 def answer_rows(bundles: LoadedBundles, rows: Sequence[Row], batch_size: int) -> list[str]:
     """Return the answer to each row, in order; tasks may be mixed. Tags are BIO with spaces between them."""
-    is_encoder_decoder = bundles.model.architecture.is_encoder_decoder
-    tokenizers = [TaskTokenizer(bundles.tokenizer, manifest.task, is_encoder_decoder) for manifest in bundles.manifests]
+    tokenizers = _tokenizers(bundles, [manifest.task for manifest in bundles.manifests])
     renderers = [renderer(manifest.task) for manifest in bundles.manifests]
     candidate_ids = [
         tokenizer.encode_candidates(one.candidates) for tokenizer, one in zip(tokenizers, renderers, strict=True)
     ]
     questions = []
     for row in rows:
-        task = _task_of(row, [manifest.task.name for manifest in bundles.manifests])
-        source = _encode(renderers[task].prompt(row), row, tokenizers[task], bundles.manifests[task])
+        task = _task_of(row, bundles.tasks)
+        source = _encode(renderers[task].prompt(row), row.where, tokenizers[task], bundles.manifests[task])
         questions.append(Question(task, Encoded(source, (), candidate_ids[task]), renderers[task].candidates))
-    layout = Layout(pad_token_id(bundles.tokenizer), is_encoder_decoder)
-    answerer = Answerer(bundles.model, SingleProcess(), bundles.device, tokenizers, layout, batch_size, _say)
-    with torch.no_grad():
-        answers = answerer(questions)
     return [
         renderers[question.task].read_answer(row, answer)
-        for row, question, answer in zip(rows, questions, answers, strict=True)
+        for row, question, answer in zip(
+            rows, questions, _answer(bundles, questions, tokenizers, batch_size), strict=True
+        )
     ]
+
+
+def continue_prompts(
+    bundles: LoadedBundles, prompts: Sequence[str], tasks: Sequence[str], batch_size: int, max_new_tokens: int | None
+) -> list[str]:
+    """Return the greedy continuation of each prompt with the adapters of its task, in order; tasks may be mixed.
+
+    Args:
+        prompts: what the tasks' templates would make of a row; a chat task's prompt goes through the chat template.
+        tasks: the name of each prompt's task.
+        max_new_tokens: None = each task's own limit.
+
+    Raises:
+        BundleError: no bundle of such a task is loaded.
+        DataError: a prompt is longer than its task was trained with.
+    """
+    changes = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    tokenizers = _tokenizers(bundles, [manifest.task.model_copy(update=changes) for manifest in bundles.manifests])
+    questions = []
+    for number, (prompt, name) in enumerate(zip(prompts, tasks, strict=True)):
+        task = bundles.index_of(name)
+        source = _encode(prompt, f"prompt {number}", tokenizers[task], bundles.manifests[task])
+        questions.append(Question(task, Encoded(source, (), ()), ()))
+    return _answer(bundles, questions, tokenizers, batch_size)
+
+
+def _tokenizers(bundles: LoadedBundles, tasks: Sequence[Task]) -> list[TaskTokenizer]:
+    is_encoder_decoder = bundles.model.architecture.is_encoder_decoder
+    return [TaskTokenizer(bundles.tokenizer, task, is_encoder_decoder) for task in tasks]
+
+
+def _answer(
+    bundles: LoadedBundles, questions: Sequence[Question], tokenizers: Sequence[TaskTokenizer], batch_size: int
+) -> list[str]:
+    layout = Layout(pad_token_id(bundles.tokenizer), bundles.model.architecture.is_encoder_decoder)
+    answerer = Answerer(bundles.model, SingleProcess(), bundles.device, tokenizers, layout, batch_size, _say)
+    with torch.no_grad():
+        return answerer(questions)
 
 
 def _say(text: str, done: int, total: int) -> None:
@@ -79,9 +115,9 @@ def _task_of(row: Row, names: Sequence[str]) -> int:
     return names.index(row.values["task"])
 
 
-def _encode(prompt: str, row: Row, tokenizer: TaskTokenizer, manifest: BundleManifest) -> TokenIds:
+def _encode(prompt: str, where: str, tokenizer: TaskTokenizer, manifest: BundleManifest) -> TokenIds:
     if tokenizer.lacks_sentinels(prompt):
-        raise DataError(f"{row.where}: more words than the backbone has sentinels for (T5: 99); divide the sentence")
+        raise DataError(f"{where}: more words than the backbone has sentinels for (T5: 99); divide the sentence")
     (source,) = tokenizer.encode_prompts([prompt])
     limit = manifest.max_source_tokens
     if len(source) <= limit:
@@ -89,7 +125,7 @@ def _encode(prompt: str, row: Row, tokenizer: TaskTokenizer, manifest: BundleMan
     if manifest.too_long == "truncate_source" and manifest.task.tagging is None:
         return shorten(source, limit)
     raise DataError(
-        f"{row.where}: the prompt has {len(source)} tokens, more than the {limit} that task "
+        f"{where}: the prompt has {len(source)} tokens, more than the {limit} that task "
         f"'{manifest.task.name}' was trained with"
     )
 
