@@ -4,7 +4,7 @@ from hyperscale.config.loading import load_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.data.corpus import load_corpus
-from hyperscale.data.loader import TrainLoader
+from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.model.backbone import open_backbone
 
 
@@ -33,10 +33,7 @@ def batches_of(recipe: Recipe, rank: int, steps: int) -> list[list[Batch]]:
         recipe.data,
         recipe.training.batch_size,
         recipe.training.micro_batch_size,
-        rank,
-        recipe.cluster.workers,
         recipe.seed,
-        corpus.layout.pad_token_id,
-        corpus.layout.is_encoder_decoder,
+        Share(rank, recipe.cluster.workers, corpus.layout),
     )
     return [loader.next_step() for _ in range(steps)]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import Corpus, load_corpus
-from hyperscale.data.loader import TrainLoader
+from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import Collective, SingleProcess, TorchCollective
 from hyperscale.model.backbone import open_backbone
@@ -90,11 +90,8 @@ def loader_of(recipe: Recipe, corpus: Corpus, rank: int, world_size: int) -> Tra
         recipe.data,
         recipe.training.batch_size,
         recipe.training.micro_batch_size,
-        rank,
-        world_size,
         recipe.seed,
-        corpus.layout.pad_token_id,
-        corpus.layout.is_encoder_decoder,
+        Share(rank, world_size, corpus.layout),
     )
 
 

@@ -1,5 +1,6 @@
 """Generation against transformers' own, label scoring against whole logits."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, GenerationConfig
 
 from hyperscale.data.collate import Batch, Layout, PromptBatch, collate, collate_prompts
+from hyperscale.data.tasks import Task
+from hyperscale.data.tokenization import Encoded, TaskTokenizer
+from hyperscale.engine.collective import SingleProcess
+from hyperscale.inference.answers import Answerer, Question
 from hyperscale.inference.decoding import answer_log_likelihoods, greedy_decode
 from hyperscale.model.adapted import AdaptedModel, label_positions, shift_right, token_losses
 from hyperscale.model.weights import Weights
@@ -51,7 +56,7 @@ def prompts(folder: Path, model: AdaptedModel) -> PromptBatch:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sources = [tuple(ids) for ids in tokenizer(list(PROMPTS))["input_ids"]]
     layout = Layout(tokenizer.pad_token_id, model.architecture.is_encoder_decoder)
-    batch = collate_prompts(sources, SLOTS.tolist(), range(len(sources)), layout)
+    batch = collate_prompts(sources, SLOTS.tolist(), [12] * len(sources), range(len(sources)), layout)
     assert not batch.attention_mask.all()
     return batch
 
@@ -67,7 +72,13 @@ def labelled(folder: Path, model: AdaptedModel) -> Batch:
 
 def decode(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
     with model.adapted(weights, SLOTS):
-        return greedy_decode(model, batch.input_ids, batch.attention_mask, most, stop_ids, anyone=bool)
+        return greedy_decode(
+            model, batch.input_ids, batch.attention_mask, limits(most, batch.input_ids), stop_ids, anyone=bool
+        )
+
+
+def limits(most: int, input_ids: Tensor) -> Tensor:
+    return torch.full((len(input_ids),), most)
 
 
 def reference(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
@@ -109,7 +120,12 @@ def test_greedy_decoding_is_transformers_own(model: AdaptedModel, weights: Weigh
     most = max(ends) + 3
     with model.adapted(weights, SLOTS):
         waited = greedy_decode(
-            model, prompts.input_ids, prompts.attention_mask, most, free[:, 3].unique(), lambda _: True
+            model,
+            prompts.input_ids,
+            prompts.attention_mask,
+            limits(most, prompts.input_ids),
+            free[:, 3].unique(),
+            lambda _: len(sizes) < most,
         )
     handle.remove()
     assert sizes == sorted(sizes, reverse=True)
@@ -139,7 +155,7 @@ def test_a_batch_decodes_as_its_rows_do_alone(model: AdaptedModel, weights: Weig
         real = prompts.attention_mask[row].bool()
         ids = prompts.input_ids[row, real].unsqueeze(0)
         with model.adapted(weights, SLOTS[row : row + 1]):
-            alone = greedy_decode(model, ids, torch.ones_like(ids), 12, UNREACHED, anyone=bool)
+            alone = greedy_decode(model, ids, torch.ones_like(ids), limits(12, ids), UNREACHED, anyone=bool)
         assert torch.equal(alone[0], together[row])
 
 
@@ -158,12 +174,67 @@ def test_ranks_decode_equally_often(model: AdaptedModel, weights: Weights, promp
     forwards: list[int] = []
     counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
     with model.adapted(weights, SLOTS):
-        tokens = greedy_decode(model, prompts.input_ids, prompts.attention_mask, 12, stop_ids, another_rank_needs_five)
+        tokens = greedy_decode(
+            model,
+            prompts.input_ids,
+            prompts.attention_mask,
+            limits(12, prompts.input_ids),
+            stop_ids,
+            another_rank_needs_five,
+        )
     counting.remove()
     assert asked == [True, False, False, False, False]
     assert len(forwards) == tokens.shape[1] == 5
     assert torch.equal(tokens[:, :2], ours)
     assert (tokens[:, 2:] == stop_ids[0]).all()
+
+
+def test_each_row_ends_at_its_own_limit(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+    free = decode(model, weights, prompts, UNREACHED)
+    of_rows = torch.tensor([1, 6, 3, 6])
+    forwards: list[int] = []
+    counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
+
+    def run(anyone: Callable[[bool], bool]) -> Tensor:
+        forwards.clear()
+        with model.adapted(weights, SLOTS):
+            return greedy_decode(model, prompts.input_ids, prompts.attention_mask, of_rows, UNREACHED, anyone)
+
+    tokens = run(bool)
+    assert len(forwards) == tokens.shape[1] == 6
+    for row, limit in enumerate(of_rows.tolist()):
+        assert torch.equal(tokens[row, :limit], free[row, :limit])
+        assert (tokens[row, limit:] == UNREACHED[0]).all()
+    # Another rank's limit is larger: this one runs its forwards and makes no more tokens.
+    assert torch.equal(run(lambda flag: flag or len(forwards) < 9), tokens)
+    assert len(forwards) == 9
+    counting.remove()
+
+
+def test_a_short_task_beside_a_long_one_runs_its_own_number_of_forwards(model: AdaptedModel, folder: Path):
+    """8 rows of at most 2 tokens and 2 of at most 20, in batches of 2: 4 x 2 + 20 forwards, not 5 x 20."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kind = model.architecture.is_encoder_decoder
+    tasks = [task(name, most).written_for(kind) for name, most in (("short", 2), ("long", 20))]
+    tokenizers = [TaskTokenizer(tokenizer, one, kind) for one in tasks]
+    prompts = tokenizers[0].encode_prompts(list(PROMPTS))
+    questions = [Question(int(row in (3, 6)), Encoded(prompts[row % 4], (), ()), ()) for row in range(10)]
+    layout = Layout(tokenizer.pad_token_id, kind)
+    answerer = Answerer(model, SingleProcess(), torch.device("cpu"), tokenizers, layout, 2, lambda *_: None)
+    forwards: list[int] = []
+    counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
+    answers = answerer(questions)
+    counting.remove()
+    assert len(forwards) == 4 * 2 + 20
+    for question, answer in zip(questions, answers, strict=True):
+        (alone,) = answerer([question])
+        assert answer == alone
+
+
+def task(name: str, most: int) -> Task:
+    return Task.model_validate(
+        {"name": name, "source": "rows.jsonl", "input": "{a}", "target": "{b}", "max_new_tokens": most}
+    )
 
 
 def whole_logits(model: AdaptedModel, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import IGNORED, Batch, Layout, collate_examples, collate_prompts
-from hyperscale.data.loader import TrainLoader, accumulation_steps, prompt_batches, scoring_batches
+from hyperscale.data.loader import Share, TrainLoader, accumulation_steps, prompt_batches, scoring_batches
 from hyperscale.data.tokenization import Encoded
 from hyperscale.errors import ConfigError
 
@@ -30,7 +30,11 @@ def examples(count: int, task: int) -> list[Encoded]:
 def loader(rank: int, world_size: int, micro_batch_size: int, **fields: object) -> TrainLoader:
     settings = DataSettings.model_validate({"tasks": ["t"], "bucket_steps": 3} | fields)
     datasets = [examples(50, 0), examples(20, 1)]
-    return TrainLoader(datasets, settings, 16, micro_batch_size, rank, world_size, 3, PAD, False)
+    return TrainLoader(datasets, settings, 16, micro_batch_size, 3, share_of(rank, world_size))
+
+
+def share_of(rank: int, world_size: int) -> Share:
+    return Share(rank, world_size, Layout(PAD, is_encoder_decoder=False))
 
 
 def names(batch: Batch) -> list[int]:
@@ -57,11 +61,11 @@ def test_encoder_decoder_batch():
 
 def test_prompts_end_where_generation_begins():
     sources = [SHORT.source_ids, LONG.source_ids]
-    left = collate_prompts(sources, [1, 0], [4, -1], Layout(PAD, is_encoder_decoder=False))
+    left = collate_prompts(sources, [1, 0], [8, 9], [4, -1], Layout(PAD, is_encoder_decoder=False))
     assert left.input_ids.tolist() == [[0, 0, 5, 6], [5, 6, 6, 6]]
     assert left.attention_mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert (left.rows, left.task_index.tolist()) == ((4, -1), [1, 0])
-    right = collate_prompts(sources, [1, 0], [4, -1], Layout(PAD, is_encoder_decoder=True))
+    right = collate_prompts(sources, [1, 0], [8, 9], [4, -1], Layout(PAD, is_encoder_decoder=True))
     assert right.input_ids.tolist() == [[5, 6, 0, 0], [5, 6, 6, 6]]
 
 
@@ -121,8 +125,10 @@ def test_a_batch_that_ranks_cannot_share_is_refused_with_the_nearest_that_they_c
 def test_evaluation_covers_every_row_once_and_all_ranks_run_equally_often(count: int, world_size: int):
     known = examples(count, 0)
     tasks = [row % 3 for row in range(count)]
-    prompts = [prompt_batches(known, tasks, 4, rank, world_size, PAD, False) for rank in range(world_size)]
-    scored = [scoring_batches(known, tasks, 4, rank, world_size, PAD, False) for rank in range(world_size)]
+    prompts = [
+        prompt_batches(known, tasks, [5] * len(known), 4, share_of(rank, world_size)) for rank in range(world_size)
+    ]
+    scored = [scoring_batches(known, tasks, 4, share_of(rank, world_size)) for rank in range(world_size)]
     for shares, num_rows in ((prompts, count), (scored, 2 * count)):
         assert {len(share) for share in shares} == {-(-num_rows // (4 * world_size))}
         assert all(1 <= len(batch.rows) <= 4 for share in shares for batch in share)
@@ -144,11 +150,11 @@ def test_evaluation_rows_carry_their_example():
     known = examples(9, 0)
     tasks = list(range(9))
     for rank in range(2):
-        for prompt in prompt_batches(known, tasks, 2, rank, 2, PAD, False):
+        for prompt in prompt_batches(known, tasks, [5] * len(known), 2, share_of(rank, 2)):
             for place, row in enumerate(prompt.rows):
                 real = prompt.input_ids[place][prompt.attention_mask[place].bool()].tolist()
                 assert row == -1 or (tuple(real) == known[row].source_ids and int(prompt.task_index[place]) == row)
-        for scoring in scoring_batches(known, tasks, 2, rank, 2, PAD, False):
+        for scoring in scoring_batches(known, tasks, 2, share_of(rank, 2)):
             for place, (row, (candidate,)) in enumerate(zip(scoring.rows, scoring.candidates, strict=True)):
                 labels = scoring.batch.labels[place]
                 answer = tuple(labels[labels != IGNORED].tolist())
@@ -159,8 +165,20 @@ def test_evaluation_rows_carry_their_example():
 
 def test_candidates_that_differ_in_their_last_token_share_a_row():
     candidates = ((7,), (8, 9), (6,), (8, 5), (5, 9))
-    (scoring,) = scoring_batches([Encoded((5, 6), (7, 1), candidates)], [2], 8, 0, 1, PAD, False)
+    (scoring,) = scoring_batches([Encoded((5, 6), (7, 1), candidates)], [2], 8, share_of(0, 1))
     assert scoring.rows == (0, 0, 0)
     assert scoring.candidates == ((0, 2), (1, 3), (4,))
     assert scoring.endings.tolist() == [[7, 6], [9, 5], [9, 9]]
     assert scoring.batch.input_ids.tolist() == [[5, 6, 7, PAD], [5, 6, 8, 9], [5, 6, 5, 9]]
+
+
+def test_prompts_are_sorted_by_their_limits_then_by_length():
+    known = examples(12, 0)
+    limits = [(2, 256, 8)[row % 3] for row in range(12)]
+    batches = [batch for rank in range(2) for batch in prompt_batches(known, [0] * 12, limits, 2, share_of(rank, 2))]
+    for batch in batches:
+        assert batch.max_new_tokens.tolist() == [limits[row] for row in batch.rows]
+        assert len(set(batch.max_new_tokens.tolist())) == 1
+    in_turn = [batches[number] for number in (0, 3, 1, 4, 2, 5)]  # both ranks' first batches, then their second ones
+    places = [(limits[row], len(known[row].source_ids)) for batch in in_turn for row in batch.rows]
+    assert places == sorted(places)

@@ -246,11 +246,11 @@ def test_a_prefix_while_decoding(family: str, folder: Path, attention: str, padd
         mask = torch.ones_like(mask)
     elif not adapted.architecture.is_encoder_decoder:
         ids, mask = ids.flip(1), mask.flip(1)  # decoder-only prompts are padded on the left
-    never = torch.tensor([-1])
+    never, five = torch.tensor([-1]), torch.full((len(ids),), 5)
     with torch.no_grad():
         with adapted.adapted(adapted.generate(torch.arange(NUM_TASKS)), tasks):
-            cached = greedy_decode(adapted, ids, mask, 5, never, bool)
-        untouched = greedy_decode(adapted, ids, mask, 5, never, bool)
+            cached = greedy_decode(adapted, ids, mask, five, never, bool)
+        untouched = greedy_decode(adapted, ids, mask, five, never, bool)
         for row, task in enumerate(tasks):
             prompt = ids[row : row + 1, mask[row].bool()]
             with adapted.adapted(adapted.generate(task.view(1)), torch.zeros(1, dtype=torch.int64)):

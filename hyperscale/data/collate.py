@@ -43,16 +43,18 @@ class PromptBatch:
     """int64 [B, T]."""
     task_index: Tensor
     """int64 [B]."""
+    max_new_tokens: Tensor
+    """int64 [B]: the most tokens that each row's answer may have."""
     rows: tuple[int, ...]
     """Index of each row's example in the evaluation set; -1 = a filler that only keeps the ranks in step."""
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """Every row is one example with those of its candidates that differ in their last token alone."""
+    """Each row holds one example and the candidates that differ only in their last token."""
 
     batch: Batch
-    """With the first of a row's candidates as the answer."""
+    """The answer is the first of the row's candidates."""
     rows: tuple[int, ...]
     """Index of each row's example in the evaluation set; -1 = a filler that only keeps the ranks in step."""
     candidates: tuple[tuple[int, ...], ...]
@@ -63,7 +65,7 @@ class ScoringBatch:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a backbone asks of its batches."""
+    """How a backbone wants its batches padded and labelled."""
 
     pad_token_id: int
     is_encoder_decoder: bool
@@ -94,14 +96,20 @@ def collate_examples(examples: Sequence[Encoded], tasks: Sequence[int], layout: 
 
 
 def collate_prompts(
-    sources: Sequence[TokenIds], tasks: Sequence[int], rows: Sequence[int], layout: Layout
+    sources: Sequence[TokenIds], tasks: Sequence[int], limits: Sequence[int], rows: Sequence[int], layout: Layout
 ) -> PromptBatch:
-    """Make a batch of prompts for generation; `rows` names the example of each, -1 for a filler."""
+    """Make a batch of prompts for generation.
+
+    Args:
+        limits: the most new tokens of each row.
+        rows: the index of each row's example; -1 for a filler.
+    """
     left = not layout.is_encoder_decoder
     return PromptBatch(
         input_ids=_padded(sources, layout.pad_token_id, left),
         attention_mask=_padded([(1,) * len(source) for source in sources], 0, left),
         task_index=torch.tensor(tasks, dtype=torch.int64),
+        max_new_tokens=torch.tensor(limits, dtype=torch.int64),
         rows=tuple(rows),
     )
 

@@ -1,10 +1,11 @@
-"""What one rank runs: its micro-batches of each optimizer step, and its share of an evaluation set.
+"""The batches of one rank: its micro-batches of each optimizer step, and its share of an evaluation set.
 
-Under ZeRO-3 every rank must run the model equally often, so all ranks get equally many batches here; where an
-evaluation set is too small for that, fillers (copies of a row, numbered -1) stand in.
+Under ZeRO-3 every rank must run the model equally often, so all ranks get the same number of batches. Where an
+evaluation set is too small for that, fillers (copies of a row, numbered -1) complete it.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ from hyperscale.data.tokenization import Encoded, TokenIds
 from hyperscale.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of all rows one rank runs, and how its batches are laid out."""
+
+    rank: int
+    world_size: int
+    layout: Layout
+
+
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Return how many micro-batches each rank runs in one optimizer step.
 
@@ -41,7 +51,7 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
 
 
 class TrainLoader:
-    """Gives one rank its micro-batches, step by step; which samples a step holds depends on no world size."""
+    """Gives one rank its micro-batches, step by step. The samples of a step are the same for any world size."""
 
     def __init__(
         self,
@@ -49,26 +59,22 @@ class TrainLoader:
         settings: DataSettings,
         batch_size: int,
         micro_batch_size: int,
-        rank: int,
-        world_size: int,
         seed: int,
-        pad_token_id: int,
-        is_encoder_decoder: bool,
+        share: Share,
     ) -> None:
         """`datasets`: the training split of every task, in the order of task indices; `batch_size`: over all ranks."""
         self._datasets = datasets
-        self._accumulation_steps = accumulation_steps(batch_size, micro_batch_size, world_size)
+        self._accumulation_steps = accumulation_steps(batch_size, micro_batch_size, share.world_size)
         self._micro_batch_size = micro_batch_size
-        self._rank, self._world_size = rank, world_size
-        self._layout = Layout(pad_token_id, is_encoder_decoder)
+        self._share = share
         lengths = [[example.num_tokens for example in dataset] for dataset in datasets]
         self._mixture = Mixture(lengths, settings, batch_size, seed)
 
     def next_step(self) -> list[Batch]:
-        """Return this rank's micro-batches of the next optimizer step; at each, all ranks have like lengths."""
+        """Return this rank's micro-batches of the next optimizer step; all ranks run similar lengths at one time."""
         samples = self._mixture.next_step()
         size = self._micro_batch_size
-        places = [(turn * self._world_size + self._rank) * size for turn in range(self._accumulation_steps)]
+        places = [(turn * self._share.world_size + self._share.rank) * size for turn in range(self._accumulation_steps)]
         return [self._collate(samples[place : place + size]) for place in places]
 
     def state(self) -> dict[str, Any]:
@@ -81,28 +87,23 @@ class TrainLoader:
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:
         examples = [self._datasets[sample.task][sample.row] for sample in samples]
-        return collate_examples(examples, [sample.task for sample in samples], self._layout)
+        return collate_examples(examples, [sample.task for sample in samples], self._share.layout)
 
 
 def scoring_batches(
-    examples: Sequence[Encoded],
-    tasks: Sequence[int],
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    pad_token_id: int,
-    is_encoder_decoder: bool,
+    examples: Sequence[Encoded], tasks: Sequence[int], micro_batch_size: int, share: Share
 ) -> list[ScoringBatch]:
-    """Return this rank's share of all examples with all their candidates, as many batches as every other rank gets.
+    """Return this rank's share of all examples with all their candidates; every rank gets the same number of batches.
 
-    Candidates that differ in their last token alone share a row. Rows are sorted by length, so a batch may mix the
-    tasks of `tasks` (one index per example).
+    Candidates that differ only in their last token share a row. Rows are sorted by length, so a batch may mix tasks.
+
+    Args:
+        tasks: the task index of each example.
     """
     pairs = [(row, numbers) for row, example in enumerate(examples) for numbers in _rows_of(example.candidate_ids)]
     pairs.sort(key=lambda pair: len(examples[pair[0]].source_ids) + len(examples[pair[0]].candidate_ids[pair[1][0]]))
-    layout = Layout(pad_token_id, is_encoder_decoder)
     batches = []
-    for chosen, is_filler in _shares(len(pairs), micro_batch_size, rank, world_size):
+    for chosen, is_filler in _parts(len(pairs), micro_batch_size, share):
         rows, groups = zip(*(pairs[place] for place in chosen), strict=True)
         answers = [
             [examples[row].candidate_ids[number] for number in group] for row, group in zip(rows, groups, strict=True)
@@ -111,7 +112,7 @@ def scoring_batches(
             [examples[row].source_ids for row in rows],
             [of_row[0] for of_row in answers],
             [tasks[row] for row in rows],
-            layout,
+            share.layout,
         )
         most = max(map(len, answers))
         endings = [[one[-1] for one in of_row] + [of_row[0][-1]] * (most - len(of_row)) for of_row in answers]
@@ -128,37 +129,40 @@ def _rows_of(candidates: Sequence[TokenIds]) -> list[tuple[int, ...]]:
 
 
 def prompt_batches(
-    examples: Sequence[Encoded],
-    tasks: Sequence[int],
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    pad_token_id: int,
-    is_encoder_decoder: bool,
+    examples: Sequence[Encoded], tasks: Sequence[int], limits: Sequence[int], micro_batch_size: int, share: Share
 ) -> list[PromptBatch]:
-    """Return this rank's share of the prompts, as many batches as every other rank gets, sorted by length."""
-    ordered = sorted(range(len(examples)), key=lambda row: len(examples[row].source_ids))
-    layout = Layout(pad_token_id, is_encoder_decoder)
+    """Return this rank's share of the prompts; every rank gets the same number of batches.
+
+    Rows are sorted by their limits, then by length: a batch decodes until its longest answer is done, so a row that may
+    have 8 new tokens does not wait for one that may have 256.
+
+    Args:
+        tasks: the task index of each example.
+        limits: the most new tokens of each example.
+    """
+    ordered = sorted(range(len(examples)), key=lambda row: (limits[row], len(examples[row].source_ids)))
     batches = []
-    for chosen, is_filler in _shares(len(ordered), micro_batch_size, rank, world_size):
+    for chosen, is_filler in _parts(len(ordered), micro_batch_size, share):
         rows = [ordered[place] for place in chosen]
         numbers = [-1] * len(rows) if is_filler else rows
         sources = [examples[row].source_ids for row in rows]
-        batches.append(collate_prompts(sources, [tasks[row] for row in rows], numbers, layout))
+        of_tasks, of_limits = [tasks[row] for row in rows], [limits[row] for row in rows]
+        batches.append(collate_prompts(sources, of_tasks, of_limits, numbers, share.layout))
     return batches
 
 
-def _shares(num_rows: int, micro_batch_size: int, rank: int, world_size: int) -> list[tuple[range, bool]]:
-    """Cut 0 … num_rows - 1 into batches of almost equal size and return this rank's: their rows, and whether they fill.
+def _parts(num_rows: int, micro_batch_size: int, share: Share) -> list[tuple[range, bool]]:
+    """Cut 0 … num_rows - 1 into batches of almost equal size; return this rank's rows, and whether they are fillers.
 
-    Neighbouring batches go to neighbouring ranks, so that all ranks have like lengths at the same time.
+    Neighbouring batches go to neighbouring ranks, so that all ranks run similar lengths at the same time.
     """
-    turns = -(-num_rows // (micro_batch_size * world_size))
-    total = turns * world_size
+    turns = -(-num_rows // (micro_batch_size * share.world_size))
+    total = turns * share.world_size
     bounds = [number * num_rows // total for number in range(total + 1)] if total else []
-    shares = []
+    parts = []
     for turn in range(turns):
-        start, end = bounds[turn * world_size + rank : turn * world_size + rank + 2]
+        place = turn * share.world_size + share.rank
+        start, end = bounds[place : place + 2]
         first = min(start, num_rows - 1)
-        shares.append((range(start, end), False) if end > start else (range(first, first + 1), True))
-    return shares
+        parts.append((range(start, end), False) if end > start else (range(first, first + 1), True))
+    return parts

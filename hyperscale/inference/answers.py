@@ -1,6 +1,6 @@
-"""A model's answers to encoded prompts, found by all ranks together.
+"""A model's answers to encoded prompts, computed by all ranks together.
 
-Classifications are answered by label scoring, the rest by greedy decoding.
+Label scoring answers classifications, greedy decoding everything else.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperscale.data.collate import Layout
-from hyperscale.data.loader import prompt_batches, scoring_batches
+from hyperscale.data.loader import Share, prompt_batches, scoring_batches
 from hyperscale.data.tokenization import Encoded, TaskTokenizer
 from hyperscale.engine.collective import Collective
 from hyperscale.inference.decoding import answer_log_likelihoods, greedy_decode
@@ -25,7 +25,7 @@ class Question:
     task: int
     encoded: Encoded
     candidates: tuple[str, ...]
-    """The possible answers of a classification, as `encoded.candidate_ids`; empty for free text."""
+    """The possible answers of a classification, in the order of `encoded.candidate_ids`; empty for free text."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,24 @@ class Answerer:
     batch_size: int
     """Rows that one rank runs at once."""
     say: Callable[[str, int, int], None]
-    """Tells a person what is happening, and how much of it is done."""
+    """Reports progress to the user: what is running, the number of the batch, and how many batches there are."""
 
     def __call__(self, questions: Sequence[Question], adapted: bool = True) -> list[str]:
         """Return an answer per question, the same list on every rank; `adapted=False` asks the backbone alone."""
         scored = [number for number, question in enumerate(questions) if question.candidates]
         decoded = [number for number, question in enumerate(questions) if not question.candidates]
-        found: dict[int, str] = {}
+        answers: dict[int, str] = {}
         if scored:
             chosen = self._score([questions[number] for number in scored], adapted)
-            found.update(zip(scored, chosen, strict=True))
+            answers.update(zip(scored, chosen, strict=True))
         if decoded:
             texts = self._decode([questions[number] for number in decoded], adapted)
-            found.update(zip(decoded, texts, strict=True))
-        return [found[number] for number in range(len(questions))]
+            answers.update(zip(decoded, texts, strict=True))
+        return [answers[number] for number in range(len(questions))]
 
     def _score(self, questions: Sequence[Question], adapted: bool) -> list[str]:
         encoded, tasks = [question.encoded for question in questions], [question.task for question in questions]
-        batches = scoring_batches(encoded, tasks, self.batch_size, *self._share())
+        batches = scoring_batches(encoded, tasks, self.batch_size, self._share())
         mine: dict[int, list[tuple[float, int]]] = {}
         for number, scoring in enumerate(batches, start=1):
             self.say("scoring labels", number, len(batches))
@@ -80,8 +80,8 @@ class Answerer:
 
     def _decode(self, questions: Sequence[Question], adapted: bool) -> list[str]:
         encoded, tasks = [question.encoded for question in questions], [question.task for question in questions]
-        batches = prompt_batches(encoded, tasks, self.batch_size, *self._share())
-        longest = max(self.tokenizers[task].task.max_new_tokens for task in tasks)
+        limits = [self.tokenizers[task].task.max_new_tokens for task in tasks]
+        batches = prompt_batches(encoded, tasks, limits, self.batch_size, self._share())
         mine: dict[int, str] = {}
         for number, batch in enumerate(batches, start=1):
             self.say("generating answers", number, len(batches))
@@ -90,14 +90,13 @@ class Answerer:
                     self.model,
                     batch.input_ids.to(self.device),
                     batch.attention_mask.to(self.device),
-                    longest,
+                    batch.max_new_tokens.to(self.device),
                     self._stop_ids(),
                     self.collective.anyone,
                 )
             for row, new in zip(batch.rows, tokens.tolist(), strict=True):
                 if row >= 0:
-                    tokenizer = self.tokenizers[tasks[row]]
-                    mine[row] = tokenizer.decode(new[: tokenizer.task.max_new_tokens])
+                    mine[row] = self.tokenizers[tasks[row]].decode(new)
         merged = {row: text for ranks in self.collective.gather(mine) for row, text in ranks.items()}
         return [merged[row] for row in range(len(questions))]
 
@@ -107,13 +106,8 @@ class Answerer:
         tasks, slots = torch.unique(task_index, return_inverse=True)
         return self.model.answering(tasks.to(self.device), slots.to(self.device))
 
-    def _share(self) -> tuple[int, int, int, bool]:
-        return (
-            self.collective.rank,
-            self.collective.world_size,
-            self.layout.pad_token_id,
-            self.layout.is_encoder_decoder,
-        )
+    def _share(self) -> Share:
+        return Share(self.collective.rank, self.collective.world_size, self.layout)
 
     def _stop_ids(self) -> Tensor:
         return torch.tensor([self.tokenizers[0].tokenizer.eos_token_id], device=self.device)

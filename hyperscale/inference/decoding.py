@@ -1,6 +1,7 @@
 """Greedy decoding and label scoring, over a backbone that may be sharded.
 
-Under ZeRO-3 every rank must run the same number of forwards: `anyone` lets ranks agree on whether one more is needed.
+Under ZeRO-3 every rank must run the same number of forwards: through `anyone` the ranks agree whether one more is
+needed.
 """
 
 from collections.abc import Callable
@@ -12,51 +13,62 @@ from torch import Tensor
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 
 Agree = Callable[[bool], bool]
-"""Every rank's flag -> True on all of them if it is True on any."""
+"""Takes each rank's flag and returns True on all ranks if any flag is True."""
 
 _FINISHED_SHARE = 0.25
-"""Of the rows at work; beyond it they are dropped, which costs a copy of the others' cache, as every token does."""
+"""Finished rows are dropped once they are more than this share of the batch. Dropping them copies the cache of the
+others, as every new token does."""
 
 
 @torch.no_grad()
 def greedy_decode(
-    model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, stop_ids: Tensor, anyone: Agree
+    model: AdaptedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    max_new_tokens: Tensor,
+    stop_ids: Tensor,
+    anyone: Agree,
 ) -> Tensor:
-    """Continue each prompt with the most likely token until a stop token; inside `model.answering(...)`.
+    """Continue each prompt with the most likely token until a stop token or its limit; inside `model.answering(...)`.
+
+    The batch is decoded until its last row is finished, here and on all other ranks.
 
     Args:
         input_ids: [B, T], left-padded for causal models, right-padded for encoder-decoders.
         attention_mask: [B, T].
+        max_new_tokens: int64 [B], each at least 1: the most tokens of each row.
         stop_ids: [E] token ids that end an answer.
         anyone: see `Agree`; every rank must call this function equally often.
 
     Returns:
-        New tokens [B, M] with M <= max_new_tokens; after its stop token a row holds the stop token again.
+        New tokens [B, M] with M <= the largest limit; after its last token a row holds the first of `stop_ids`.
     """
     kind = _Seq2SeqSteps if model.architecture.is_encoder_decoder else _CausalSteps
     steps: _Steps = kind(model, input_ids, attention_mask)
     rows = torch.arange(len(input_ids), device=input_ids.device)
+    limits = max_new_tokens
     finished = torch.zeros_like(rows, dtype=torch.bool)
-    answers = stop_ids[0].repeat(len(rows), max_new_tokens)
+    longest = int(limits.max())
+    answers = stop_ids[0].repeat(len(rows), longest)
     made = 0
-    while made < max_new_tokens:
+    while True:
         token = steps.next_logits().argmax(-1)
-        answers[rows, made] = torch.where(finished, stop_ids[0], token)
-        finished |= torch.isin(token, stop_ids)
+        if made < longest:  # beyond it, this rank only runs the forwards that another rank needs
+            answers[rows, made] = torch.where(finished, stop_ids[0], token)
         made += 1
+        finished |= torch.isin(token, stop_ids) | (limits <= made)
         if not anyone(not bool(finished.all())):
-            break
+            return answers[:, :made]
         if finished.float().mean() > _FINISHED_SHARE and len(rows) > 1:
             going = _unfinished(finished)
-            rows, finished, token = rows[going], finished[going], token[going]
+            rows, limits, finished, token = rows[going], limits[going], finished[going], token[going]
             steps.keep(going)
             model.injection.keep(going)
         steps.append(token)
-    return answers[:, :made]
 
 
 def _unfinished(finished: Tensor) -> Tensor:
-    """Return the places of rows that go on; one where none does, since other ranks may wait for this one's forwards."""
+    """Return the places of the unfinished rows; if there are none, one place, since other ranks may need forwards."""
     return (~finished).nonzero().flatten() if not finished.all() else torch.zeros_like(finished, dtype=torch.int64)[:1]
 
 
@@ -68,11 +80,11 @@ class _Steps(Protocol):
         ...
 
     def append(self, token: Tensor) -> None:
-        """Take up each row's next token, [B]."""
+        """Add each row's next token, [B]."""
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone."""
+        """Keep only these rows of the batch."""
         ...
 
 
@@ -140,8 +152,8 @@ def answer_log_likelihoods(
 ) -> Tensor:
     """Return the log-likelihoods [B, C], at least fp32, of C answers to each prompt; inside `model.answering(...)`.
 
-    An answer is a row's label tokens with another last one. What comes before it is computed once for all C. Sums over
-    tokens, so answers compete with their whole wording, as in the usual label-scoring protocol.
+    An answer is a row's label tokens with another last token. The tokens before it are computed once for all C. The
+    log-likelihoods are sums over tokens, so whole answers compete, as in the usual label-scoring protocol.
 
     Args:
         input_ids, attention_mask, labels: as in `AdaptedModel.label_logits`; every row has a label.
@@ -154,6 +166,6 @@ def answer_log_likelihoods(
     logits = model.label_logits(input_ids, attention_mask, labels, positions.to(device))
     losses = token_losses(logits, targets)
     total = losses.new_zeros(len(input_ids)).index_add(0, samples.to(device), -losses)
-    # of one position's log-likelihoods the differences are those of its logits
+    # at one position, log-likelihoods differ by as much as logits do
     ended = logits[last].to(losses.dtype)
     return total.unsqueeze(1) + ended.gather(1, endings) - ended.gather(1, targets[last].unsqueeze(1))

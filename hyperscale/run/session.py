@@ -11,7 +11,7 @@ from hyperscale.checkpoint.store import Checkpoint, CheckpointStore
 from hyperscale.config.loading import dump_recipe, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import Corpus
-from hyperscale.data.loader import TrainLoader
+from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.run.context import RunResult, WorkerContext, write_result
@@ -185,11 +185,8 @@ def _train_loader(session: Session) -> TrainLoader:
         recipe.data,
         recipe.training.batch_size,
         recipe.training.micro_batch_size,
-        context.rank,
-        context.world_size,
         recipe.seed,
-        corpus.layout.pad_token_id,
-        corpus.layout.is_encoder_decoder,
+        Share(context.rank, context.world_size, corpus.layout),
     )
 
 
