@@ -27,7 +27,7 @@ from hyperscale.inference.answers import Answerer, Question
 from hyperscale.serving.describe import with_described_tasks
 from hyperscale.serving.load import LoadedBundles, load_bundles
 from hyperscale.tracking.metrics import main_score
-from hyperscale.train.evaluation import majority_record
+from hyperscale.training.evaluation import majority_record
 
 RANDOM = 3
 ROWS = 300

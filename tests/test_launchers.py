@@ -15,7 +15,7 @@ from hyperscale.errors import ConfigError
 from hyperscale.launch.local import train_in_process
 from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import read_entries
-from hyperscale.train.callbacks import StepRecord
+from hyperscale.training.callbacks import StepRecord
 from tests.cluster import HYPERSCALE, client_environment, errors, run, wait_for, write_project
 from tests.runs import make_recipe
 

@@ -53,7 +53,7 @@ HEAVY = VENDORS | {"torch", "transformers", "datasets"}
         (["hyperscale.errors", "hyperscale.logger", *modules_below("config")], HEAVY),
         (["hyperscale.cli"], HEAVY),
         ([*modules_below("export"), *modules_below("inference"), *modules_below("serving")], VENDORS),
-        ([*modules_below("model"), *modules_below("train"), "hyperscale.engine.local"], VENDORS),
+        ([*modules_below("model"), *modules_below("training"), "hyperscale.engine.local"], VENDORS),
         (["hyperscale.run.worker"], VENDORS),
     ],
     ids=["config", "cli", "export, inference and serving", "model, train and local engine", "worker"],

@@ -21,7 +21,7 @@ from hyperscale.errors import ConfigError, RunFolderError
 from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.mlflow import MlflowTracker, record_end
 from hyperscale.tracking.sync import sync_run, sync_to_mlflow
-from hyperscale.train.callbacks import CheckpointRecord, RunOutcome
+from hyperscale.training.callbacks import CheckpointRecord, RunOutcome
 from tests.tracked import make_evaluation, make_facts, make_step
 
 # MLflow 3.17 under SQLAlchemy 2.1.

@@ -20,7 +20,7 @@ from hyperscale.terminal.formats import count, duration, gain, score
 from hyperscale.terminal.progress import Progress, ProgressSender, advance
 from hyperscale.terminal.report import RunSummary, print_report
 from hyperscale.tracking.places import mlflow_place
-from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
+from hyperscale.training.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 TASKS = ("sst2", "cola", "a-task-with-a-name-that-is-longer-than-most-columns-are")
 

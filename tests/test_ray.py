@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import read_entries
-from hyperscale.train.callbacks import CheckpointRecord, RunFacts, RunOutcome, StepRecord
+from hyperscale.training.callbacks import CheckpointRecord, RunFacts, RunOutcome, StepRecord
 from tests.cluster import BIN, Cluster, errors, free_ports, run, started_cluster, write_project
 
 # MLflow 3.17 under SQLAlchemy 2.1.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import METRICS_FILE, read_entries
-from hyperscale.train.callbacks import RunFacts, RunOutcome, StepRecord
+from hyperscale.training.callbacks import RunFacts, RunOutcome, StepRecord
 from tests.cluster import HYPERSCALE, client_environment, run, wait_for, write_project
 
 # MLflow 3.17 under SQLAlchemy 2.1.

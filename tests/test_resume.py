@@ -20,7 +20,7 @@ from hyperscale.errors import CheckpointError, RunFolderError
 from hyperscale.launch.local import train_in_process
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore
 from hyperscale.run.worker import train_worker
-from hyperscale.train.evaluation import VALIDATION, Evaluation, Evaluator
+from hyperscale.training.evaluation import VALIDATION, Evaluation, Evaluator
 from tests.ranks import Ranks, RanksFailed, started_ranks
 from tests.runs import make_recipe, write_tasks
 

@@ -20,7 +20,7 @@ from hyperscale.tracking.mlflow import tracking_uri
 from hyperscale.tracking.outbox import Outbox
 from hyperscale.tracking.params import flatten
 from hyperscale.tracking.provenance import git_commit, package_versions
-from hyperscale.train.callbacks import CheckpointRecord, RunOutcome, StepRecord
+from hyperscale.training.callbacks import CheckpointRecord, RunOutcome, StepRecord
 from tests.tracked import SECRET, make_evaluation, make_facts, make_step, read_lines
 
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
@@ -124,7 +124,7 @@ def test_jsonl_faults_are_told_at_the_start_and_never_raised_later(tmp_path: Pat
         """
         import resource, sys
         from hyperscale.tracking.jsonl import JsonlTracker
-        from hyperscale.train.callbacks import RunOutcome
+        from hyperscale.training.callbacks import RunOutcome
         from tests.tracked import make_facts, make_step
         tracker = JsonlTracker(sys.argv[1], "key")
         tracker.on_run_start(make_facts(sys.argv[1]))

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from hyperscale.train.callbacks import EvaluationRecord, RunFacts, StepRecord
+from hyperscale.training.callbacks import EvaluationRecord, RunFacts, StepRecord
 
 SECRET = "postgresql://someone:hunter2@db:5432/mlflow"
 

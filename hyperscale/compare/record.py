@@ -26,8 +26,8 @@ from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.metrics import main_score
 from hyperscale.tracking.params import flatten
 from hyperscale.tracking.provenance import package_versions
-from hyperscale.train.callbacks import EvaluationRecord, StepRecord
-from hyperscale.train.evaluation import VALIDATION
+from hyperscale.training.callbacks import EvaluationRecord, StepRecord
+from hyperscale.training.evaluation import VALIDATION
 
 _SUFFIX = ".json.gz"
 _ELSEWHERE = ("output", "tracking")

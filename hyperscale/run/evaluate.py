@@ -7,8 +7,8 @@ from hyperscale.config.loading import parse_recipe
 from hyperscale.run.context import RunIdentity, WorkerContext
 from hyperscale.run.worker import evaluate_worker
 from hyperscale.terminal.display import ProgressDisplay
-from hyperscale.train.callbacks import EvaluationRecord
-from hyperscale.train.evaluation import TEST
+from hyperscale.training.callbacks import EvaluationRecord
+from hyperscale.training.evaluation import TEST
 
 
 def evaluate_checkpoint(path: str, stage: str) -> list[EvaluationRecord]:

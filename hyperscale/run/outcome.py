@@ -15,8 +15,8 @@ from hyperscale.export.bundle import read_manifest
 from hyperscale.run.context import RunResult
 from hyperscale.terminal.report import RunSummary, all_scores_table, final_table, print_report
 from hyperscale.tracking.places import mlflow_place
-from hyperscale.train.callbacks import EvaluationRecord
-from hyperscale.train.evaluation import MAJORITY, UNTOUCHED, VALIDATION
+from hyperscale.training.callbacks import EvaluationRecord
+from hyperscale.training.evaluation import MAJORITY, UNTOUCHED, VALIDATION
 
 _SQLITE = "sqlite:///"
 

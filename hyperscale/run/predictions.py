@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hyperscale.checkpoint.layout import Place, open_place
 from hyperscale.data.corpus import Corpus
 from hyperscale.errors import HyperscaleError
-from hyperscale.train.evaluation import split_of
+from hyperscale.training.evaluation import split_of
 
 
 @dataclass(frozen=True)

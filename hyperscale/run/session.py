@@ -17,9 +17,9 @@ from hyperscale.model.generators.generator import num_parameters
 from hyperscale.run.context import RunResult, WorkerContext, write_result
 from hyperscale.run.predictions import write_predictions
 from hyperscale.terminal.progress import ProgressSender
-from hyperscale.train.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome
-from hyperscale.train.evaluation import TEST, UNTOUCHED, VALIDATION, Evaluator, majority_record
-from hyperscale.train.trainer import Trainer
+from hyperscale.training.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome
+from hyperscale.training.evaluation import TEST, UNTOUCHED, VALIDATION, Evaluator, majority_record
+from hyperscale.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

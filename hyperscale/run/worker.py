@@ -41,8 +41,8 @@ from hyperscale.run.session import Session, TrainingRun, notifying_listeners
 from hyperscale.terminal.progress import ProgressSender
 from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.provenance import package_versions
-from hyperscale.train.callbacks import Callback, EvaluationRecord, RunOutcome
-from hyperscale.train.evaluation import majority_record, split_of
+from hyperscale.training.callbacks import Callback, EvaluationRecord, RunOutcome
+from hyperscale.training.evaluation import majority_record, split_of
 
 _logger = get_logger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hyperscale.logger import get_logger
 from hyperscale.tracking.metrics import main_score
-from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
+from hyperscale.training.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 _SMOOTHING = 0.8
 _log = get_logger(__name__)

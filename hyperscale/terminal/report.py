@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hyperscale.terminal.formats import duration, gain, score
 from hyperscale.tracking.metrics import main_score, mean_score
-from hyperscale.train.callbacks import EvaluationRecord
+from hyperscale.training.callbacks import EvaluationRecord
 
 
 @dataclass(frozen=True)

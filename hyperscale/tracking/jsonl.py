@@ -23,7 +23,7 @@ from hyperscale.config.secrets import without_credentials
 from hyperscale.errors import RunFolderError
 from hyperscale.logger import get_logger
 from hyperscale.tracking.metrics import Point, evaluation_metrics, points, run_metrics, step_metrics
-from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
+from hyperscale.training.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 METRICS_FILE = "metrics.jsonl"
 

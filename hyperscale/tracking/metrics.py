@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hyperscale.train.callbacks import EvaluationRecord, RunFacts, StepRecord
+from hyperscale.training.callbacks import EvaluationRecord, RunFacts, StepRecord
 
 _STAGES = {"validation": "eval"}
 

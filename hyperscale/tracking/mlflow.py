@@ -29,7 +29,7 @@ from hyperscale.tracking.metrics import Point, evaluation_metrics, key_part, poi
 from hyperscale.tracking.mlflow_timeouts import short_timeouts
 from hyperscale.tracking.outbox import Outbox
 from hyperscale.tracking.params import flatten
-from hyperscale.train.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
+from hyperscale.training.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
 # MLflow's own limits (mlflow.utils.validation).
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH, _BATCH, _POINTS = 250, 6000, 8000, 36, 100, 1000

@@ -11,7 +11,7 @@ from hyperscale.tracking.jsonl import METRICS_FILE, Entry, read_entries, recorde
 from hyperscale.tracking.mlflow import RunReference, clear_errors, open_run, tracking_uri
 from hyperscale.tracking.mlflow_timeouts import short_timeouts
 from hyperscale.tracking.places import mlflow_place
-from hyperscale.train.callbacks import RunFacts, RunOutcome
+from hyperscale.training.callbacks import RunFacts, RunOutcome
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hyperscale.data.metrics import majority_score, score
 from hyperscale.data.origins import Split
 from hyperscale.engine.base import Engine
 from hyperscale.inference.answers import Answerer, Question
-from hyperscale.train.callbacks import EvaluationRecord
+from hyperscale.training.callbacks import EvaluationRecord
 
 UNTOUCHED = "untouched"
 MAJORITY = "majority"

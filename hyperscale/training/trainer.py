@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from hyperscale.config.training import TrainingSettings
 from hyperscale.data.loader import TrainLoader
 from hyperscale.engine.base import Engine, StepResult
-from hyperscale.train.callbacks import Callback, StepRecord
-from hyperscale.train.throughput import Throughput
+from hyperscale.training.callbacks import Callback, StepRecord
+from hyperscale.training.throughput import Throughput
 
 
 @dataclass(frozen=True)
