@@ -2,94 +2,52 @@
 
 import argparse
 import json
-import logging
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
 from hyperscale.config.sizes import parse_size
-from hyperscale.errors import ConfigError, DataError
-from hyperscale.logger import get_logger
-from hyperscale.terminal.formats import counted, duration
+from hyperscale.errors import ConfigError
+from hyperscale.terminal.formats import counted
 
 if TYPE_CHECKING:
-    from hyperscale.compare.schedule import RunRecipe
     from hyperscale.config.run import Recipe
     from hyperscale.run.context import RunResult
-
-_logger = get_logger(__name__)
 
 
 def train(options: argparse.Namespace) -> int:
     """Train a recipe, evaluate it and export its bundles."""
-    return _launch(load_recipe(options.recipe, options.overrides), options)
+    return _train(load_recipe(options.recipe, options.overrides), options, lambda _: None)
 
 
 def adapt(options: argparse.Namespace) -> int:
-    """Teach a trained generator new tasks, and say which known ones are nearest to them."""
+    """Teach a trained generator new tasks, and print which known tasks are nearest to them."""
     from hyperscale.run.adapt import adapted_recipe, nearest_tasks
-    from hyperscale.run.context import read_result
+
+    def print_nearest(result: "RunResult") -> None:
+        for name, near in nearest_tasks(result.checkpoint, len(options.task)).items():
+            print(f"nearest to {name}: " + ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near))
 
     share, overrides = options.old_share, options.overrides
     recipe = adapted_recipe(options.checkpoint, options.task, options.train, share, overrides)
-    code = _launch(recipe, options)  # from which torchrun's workers do not return
-    checkpoint = read_result(recipe.output).checkpoint
-    for name, near in nearest_tasks(checkpoint, len(options.task)).items():
-        print(f"nearest to {name}: " + ", ".join(f"{other} {cosine:+.2f}" for other, cosine in near))
-    return code
+    return _train(recipe, options, print_nearest)
 
 
-def _launch(recipe: "Recipe", options: argparse.Namespace) -> int:
+def _train(recipe: "Recipe", options: argparse.Namespace, print_more: Callable[["RunResult"], None]) -> int:
     from hyperscale.launch import torchrun
+    from hyperscale.launch.start import start
     from hyperscale.run.outcome import show
 
+    result = start(recipe, options.launcher, options.resume)
+    if torchrun.is_first_process():
+        show(result)
+        print_more(result)
     if torchrun.is_worker():
-        result = torchrun.train_as_worker(recipe, options.resume)
-        if result is not None:
-            show(result)
         torchrun.leave()
-    if options.launcher == "local":
-        from hyperscale.launch.local import require_one_worker, train_in_process
-
-        require_one_worker(recipe)
-        _check(recipe, quiet=True)
-        show(train_in_process(recipe, options.resume))
-        return 0
-    _check(recipe, quiet=options.launcher == "torchrun")
-    if options.launcher == "torchrun":
-        return torchrun.spawn_workers(recipe, options.arguments)
-    from hyperscale.launch.ray_train import train_on_ray
-
-    show(train_on_ray(recipe, options.resume))
     return 0
-
-
-def _check(recipe: "Recipe", quiet: bool) -> None:
-    """Check before any worker starts; workers that log to this terminal will say themselves what they read."""
-    from hyperscale.logger import get_logger
-    from hyperscale.run.preflight import check_recipe
-
-    if quiet:
-        with _quiet("hyperscale.data"):
-            check_recipe(recipe, lambda _: None)
-    else:
-        check_recipe(recipe, get_logger(__name__).info)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -119,6 +77,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Train what a comparison still lacks, and write its table."""
+    from hyperscale.compare.runners import child_runner, launcher_runner
     from hyperscale.compare.schedule import check_comparison, count_finished, only_methods, run_comparison
     from hyperscale.compare.table import publish
     from hyperscale.config.comparison import load_comparison
@@ -135,7 +94,8 @@ def compare(options: argparse.Namespace) -> int:
         print(f"valid: {counted(len(comparison.methods), 'method')}, {counted(runs, 'run')} in {comparison.output}")
         print(f"finished: {finished}, with records in {comparison.records}")
         return 0
-    run = _recipe_runner(options.launcher) if options.jobs == 1 else _in_children(Path(comparison.output) / "logs")
+    one_by_one = options.jobs == 1
+    run = launcher_runner(options.launcher) if one_by_one else child_runner(Path(comparison.output) / "logs")
     outcome = run_comparison(comparison, run, options.jobs)
     if options.only:
         print(f"trained: {', '.join(comparison.methods)}; the same command without --only writes the table")
@@ -144,64 +104,18 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe_runner(launcher: str) -> "RunRecipe":
-    """Return what trains one recipe after another, each going on with what lies in its run folder."""
-    from hyperscale.run.context import read_result
-
-    if launcher == "local":
-        from hyperscale.launch.local import train_in_process
-
-        return lambda recipe, _file: train_in_process(recipe, resume=True)
-    if launcher == "torchrun":
-        from hyperscale.launch.torchrun import spawn_workers
-
-        def run_torchrun(recipe: "Recipe", file: Path) -> "RunResult":
-            spawn_workers(recipe, ["train", str(file), "--resume"])
-            return read_result(recipe.output)
-
-        return run_torchrun
-    from hyperscale.launch.ray_train import train_on_ray
-
-    return lambda recipe, _file: train_on_ray(recipe, resume=True)
-
-
-def _in_children(logs: Path) -> "RunRecipe":
-    """Return what trains recipes at one time, each in a process of its own with its own log."""
-    from hyperscale.launch.local import require_one_worker, train_in_child
-
-    def run(recipe: "Recipe", file: Path) -> "RunResult":
-        require_one_worker(recipe)
-        result = train_in_child(recipe, file, logs / f"{recipe.name}.log")
-        _logger.info("finished %s in %s", recipe.name, duration(result.seconds))
-        return result
-
-    return run
-
-
 def predict(options: argparse.Namespace) -> int:
     """Answer a file's rows with exported bundles."""
     from hyperscale.serving.load import load_bundles
-    from hyperscale.serving.predict import predict_file
+    from hyperscale.serving.predict import check_files, predict_file
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: at least one row must run at once")
-    _check_files(options.input, options.output)
+    check_files(options.input, options.output)
     bundles = load_bundles(options.bundles, options.backbone, options.dtype)
     rows = predict_file(bundles, options.input, options.output, options.batch_size)
     print(f"{rows} rows answered in {options.output}")
     return 0
-
-
-def _check_files(source: Path, target: Path) -> None:
-    """Find now what would otherwise be found after the backbone is loaded, or after every row is answered."""
-    if not source.is_file():
-        raise DataError(f"--input {source}: no such file")
-    if target.is_dir():
-        raise DataError(f"--output {target} is a folder; name a JSONL file")
-    if not target.absolute().parent.is_dir():
-        raise DataError(f"--output {target}: the folder {target.absolute().parent} does not exist; make it first")
-    if not os.access(target.absolute().parent, os.W_OK):
-        raise DataError(f"--output {target}: the folder {target.absolute().parent} is not writable; choose another")
 
 
 def export(options: argparse.Namespace) -> int:
@@ -235,6 +149,7 @@ def _bundles_of(checkpoint: str) -> Path:
 def tasks(options: argparse.Namespace) -> int:
     """List tasks, or show one."""
     from hyperscale.data.tasks import list_tasks, load_task
+    from hyperscale.logger import quiet
     from hyperscale.terminal.task_listing import details, table
 
     if options.task is not None:
@@ -242,7 +157,7 @@ def tasks(options: argparse.Namespace) -> int:
     else:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         lines = table(list_tasks(options.folder), columns)
-    with _quiet("hyperscale.data"):
+    with quiet("hyperscale.data"):
         for line in lines:
             print(line)
     return 0

@@ -9,9 +9,21 @@ from collections.abc import Iterable
 
 
 class HyperscaleError(Exception):
-    """A mistake that its user can mend. Never raised for a defect of our own."""
+    """An error that the user can fix. Never raised for a defect of our own.
+
+    Args:
+        message: what is wrong, where, and what to do about it.
+        is_transient: whether another attempt may succeed without a change: a network or storage failure. Launchers
+            then restart the workers, `cluster.max_failures` times at most; any other error ends the run at once.
+    """
 
     exit_code = 1
+    is_transient: bool = False
+
+    def __init__(self, message: str = "", *, is_transient: bool | None = None) -> None:
+        super().__init__(message)
+        if is_transient is not None:
+            self.is_transient = is_transient
 
 
 class ConfigError(HyperscaleError):

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
@@ -26,3 +28,15 @@ def set_up_logging(level: str | None = None, rank: int = 0) -> None:
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)
         root.propagate = False
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Let a logger, and those below it, log errors only."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -84,6 +84,7 @@ def test_a_mistake_under_torchrun_is_said_once(project: Path) -> None:
 def test_a_worker_killed_under_torchrun_is_named_and_the_run_resumes(project: Path) -> None:
     folder = project / "run"
     arguments = ["train", "recipe.yaml", "--launcher", "torchrun", NO_MLFLOW, "training.steps=60"]
+    arguments += ["cluster.max_failures=0"]
     log = project / "log.txt"
     with log.open("wb") as output:
         parent = subprocess.Popen(

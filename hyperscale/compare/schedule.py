@@ -15,6 +15,7 @@ from threading import Event
 from typing import Any
 
 from hyperscale.compare.record import RunRecord, changed_setting, read_record, record_run, write_record
+from hyperscale.compare.runners import RunRecipe
 from hyperscale.config.comparison import Comparison, Method
 from hyperscale.config.loading import dump_recipe, load_recipe, parse_recipe, render_recipe
 from hyperscale.config.run import Recipe
@@ -24,9 +25,6 @@ from hyperscale.logger import get_logger
 from hyperscale.run.context import RESULT, RunResult, read_result
 
 _logger = get_logger(__name__)
-
-RunRecipe = Callable[[Recipe, Path], RunResult]
-"""Trains a recipe, which is also a file, in its run folder, going on with what lies there."""
 
 
 @dataclass(frozen=True)

@@ -256,5 +256,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     try:
         train_worker(parse_recipe(config["recipe"], "the recipe"), worker)
     except HyperscaleError as error:
-        ray.get(mailbox.put_mistake.remote(type(error).__name__, str(error)))
+        if not error.is_transient:  # a transient one counts as a lost worker, and Ray starts the workers again
+            ray.get(mailbox.report_user_error.remote(type(error).__name__, str(error)))
         raise

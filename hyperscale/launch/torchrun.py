@@ -5,9 +5,10 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from signal import Signals
 from typing import Any, NoReturn
@@ -18,17 +19,18 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from hyperscale.checkpoint.run_folder import claim
+from hyperscale.config.loading import dump_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, HyperscaleError, ResourceError
 from hyperscale.logger import get_logger
-from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, user_error
+from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, read_result, user_error
 from hyperscale.run.worker import train_worker
 from hyperscale.terminal.display import ProgressDisplay
 
 _logger = get_logger(__name__)
 
-_ERROR_FOLDER = "HYPERSCALE_MISTAKES"
-"""Names the folder in which workers that we have started leave what they found wrong, for the parent to say once."""
+_ERROR_FOLDER = "HYPERSCALE_ERROR_FOLDER"
+"""Names the folder in which workers that we have started leave their errors, which the parent raises once."""
 
 
 def is_worker() -> bool:
@@ -36,43 +38,83 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def spawn_workers(recipe: Recipe, arguments: Sequence[str]) -> int:
-    """Run `cluster.workers` copies of this command under torchrun on this machine; returns 0.
+def is_first_process() -> bool:
+    """Return whether this process prints the run's result: rank 0 of torchrun's workers, or no worker at all."""
+    return not is_worker() or os.environ["RANK"] == "0"
 
-    The rendezvous takes a free port. The workers write to the terminal themselves, rank 0 its progress and the result.
+
+def train_on_torchrun(recipe: Recipe, resume: bool) -> RunResult:
+    """Run `cluster.workers` workers under torchrun on this machine; rank 0 writes its progress to the terminal.
+
+    The rendezvous takes a free port. Workers that die, or fail for a transient reason, are started again from the last
+    checkpoint, `cluster.max_failures` times at most.
 
     Raises:
-        HyperscaleError: what a worker found wrong, as it said it.
-        ResourceError: a worker died.
+        HyperscaleError: as a worker raised it.
+        ResourceError: workers died more often than `cluster.max_failures`.
     """
+    for failures in count(1):
+        try:
+            _run_group(recipe, resume)
+            return read_result(recipe.output)
+        except HyperscaleError as error:
+            left = recipe.cluster.max_failures - failures
+            if not error.is_transient or left < 0:
+                raise
+            number = f"restart {failures} of {recipe.cluster.max_failures}"
+            _logger.warning("%s; starting all workers again from the last checkpoint (%s)", error, number)
+            resume = True
+    raise AssertionError("unreachable: the loop above does not end")
+
+
+def _run_group(recipe: Recipe, resume: bool) -> None:
+    """Start the workers once, and wait for them."""
     verbose = _logger.isEnabledFor(logging.DEBUG)
-    options = ["--standalone", f"--nproc-per-node={recipe.cluster.workers}", "-m", "hyperscale.cli"]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(recipe.cluster.cpus_per_worker))))
+    flags = ["--resume"] * resume + ["--debug"] * verbose
+    options = ["--standalone", f"--nproc-per-node={recipe.cluster.workers}", "-m", "hyperscale.launch.torchrun_worker"]
     if not verbose:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="hyperscale-") as mistakes:
-        os.environ[_ERROR_FOLDER] = mistakes
-        try:
-            run(parse_args([*options, *arguments]))
-        except ChildFailedError as error:
-            raise _worker_error(error, Path(mistakes)) from error
-        finally:
-            del os.environ[_ERROR_FOLDER]
-    return 0
+    with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
+        file, errors = Path(scratch) / "recipe.json", Path(scratch) / "errors"
+        file.write_text(json.dumps(dump_recipe(recipe)), "utf-8")  # with its secrets: the folder is this user's alone
+        errors.mkdir()
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, int(recipe.cluster.cpus_per_worker))))
+        with _variables({_ERROR_FOLDER: str(errors), "OMP_NUM_THREADS": threads}):
+            try:
+                run(parse_args([*options, str(file), *flags]))
+            except ChildFailedError as error:
+                raise _worker_error(error, errors) from error
 
 
-def _worker_error(error: ChildFailedError, mistakes: Path) -> HyperscaleError:
-    """Return the first mistake that a worker has left behind, or how the first worker ended."""
-    written = sorted(mistakes.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+@contextmanager
+def _variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, which the workers inherit, for the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _worker_error(error: ChildFailedError, folder: Path) -> HyperscaleError:
+    """Return the first error that a worker has left behind, or how the first worker ended."""
+    written = sorted(folder.glob("[0-9]*"), key=lambda file: file.stat().st_mtime_ns)
     if written:
-        return user_error(*json.loads(written[0].read_text("utf-8")))
+        kind, message, is_transient = json.loads(written[0].read_text("utf-8"))
+        return user_error(kind, message, is_transient)
     rank, failure = error.get_first_failure()
     how = f"was killed by {Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "failed; see above"
-    return ResourceError(f"worker {rank} {how}. Continue from the last checkpoint with --resume")
+    hint = "Continue from the last checkpoint with --resume"
+    return ResourceError(f"worker {rank} {how}. {hint}", is_transient=True)
 
 
-def train_as_worker(recipe: Recipe, resume: bool) -> RunResult | None:
-    """Run this torchrun worker's part of a recipe; the result comes on rank 0.
+def train_as_worker(recipe: Recipe, resume: bool) -> RunResult:
+    """Run this torchrun worker's part of a recipe; returns the result on every rank.
 
     Raises:
         ConfigError: torchrun started another number of workers than the recipe asks for.
@@ -91,7 +133,8 @@ def train_as_worker(recipe: Recipe, resume: bool) -> RunResult | None:
             consume = stack.enter_context(ProgressDisplay(recipe.tracking.progress)).consume
         stack.enter_context(_process_group(recipe, local_rank))
         identity = RunIdentity.of(recipe.name, recipe.output)
-        return train_worker(recipe, WorkerContext(rank, world_size, local_rank, "torchrun", consume, identity))
+        train_worker(recipe, WorkerContext(rank, world_size, local_rank, "torchrun", consume, identity))
+    return read_result(recipe.output)  # rank 0 wrote it before the process group ended
 
 
 @contextmanager
@@ -125,7 +168,7 @@ def leave() -> NoReturn:
 
 @contextmanager
 def _errors_reported_to_parent(rank: int) -> Iterator[None]:
-    """Under `spawn_workers`, let the parent say once what all ranks, or a rank's peers, would say at the same time."""
+    """In workers that we have started, leave an error to the parent, or every rank would print it."""
     folder = os.environ.get(_ERROR_FOLDER)
     if folder is None or _logger.isEnabledFor(logging.DEBUG):
         yield
@@ -133,8 +176,8 @@ def _errors_reported_to_parent(rank: int) -> Iterator[None]:
     try:
         yield
     except HyperscaleError as error:
-        partial = Path(folder).with_suffix(f".{rank}")
-        partial.write_text(json.dumps([type(error).__name__, str(error)]), "utf-8")
+        partial = Path(folder) / f".{rank}"
+        partial.write_text(json.dumps([type(error).__name__, str(error), error.is_transient]), "utf-8")
         partial.rename(Path(folder) / str(rank))
         sys.exit(error.exit_code)
     except RuntimeError as error:

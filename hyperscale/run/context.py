@@ -76,10 +76,10 @@ def ignore(_event: dict[str, Any]) -> None:
     """Drop the progress events of ranks that nobody watches."""
 
 
-def user_error(kind: str, message: str) -> HyperscaleError:
+def user_error(kind: str, message: str, is_transient: bool = False) -> HyperscaleError:
     """Return the error that a worker raised in another process, by its class's name."""
     kinds = {found.__name__: found for found in HyperscaleError.__subclasses__()}
-    return kinds.get(kind, HyperscaleError)(message)
+    return kinds.get(kind, HyperscaleError)(message, is_transient=is_transient)
 
 
 def write_result(result: RunResult) -> None:

@@ -1,6 +1,7 @@
 """Rows in, answers out: `hyperscale predict`."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ from hyperscale.logger import get_logger
 from hyperscale.serving.load import LoadedBundles
 
 _logger = get_logger(__name__)
+
+
+def check_files(source: Path, target: Path) -> None:
+    """Raise `DataError` for a file that cannot be read or written, before the backbone is loaded."""
+    if not source.is_file():
+        raise DataError(f"--input {source}: no such file")
+    if target.is_dir():
+        raise DataError(f"--output {target} is a folder; name a JSONL file")
+    if not target.absolute().parent.is_dir():
+        raise DataError(f"--output {target}: the folder {target.absolute().parent} does not exist; make it first")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise DataError(f"--output {target}: the folder {target.absolute().parent} is not writable; choose another")
 
 
 def predict_file(bundles: LoadedBundles, input: Path, output: Path, batch_size: int) -> int:
