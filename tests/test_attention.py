@@ -1,12 +1,16 @@
 """Attention whose heads share keys and values."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from hyperscale.model.attention import grouped_attention
+from hyperscale.errors import BackboneError
+from hyperscale.model.attention import GROUPED, grouped_attention
 
 
 @pytest.mark.parametrize(("heads", "groups", "tokens"), [(9, 3, 5), (8, 1, 1), (4, 4, 7)])
@@ -27,3 +31,62 @@ def test_grouped_attention_is_transformers_own(heads: int, groups: int, tokens: 
     for theirs, ours in zip(*results, strict=True):
         # both take the softmax in fp32
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def attend(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    states = [torch.randn(1, heads, 3, 8) for heads in (4, 2, 2)]
+    return grouped_attention(torch.nn.Module(), *states, None, scaling=0.3, **options)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "cu_seq_lens_q", "head_mask"])
+def test_what_is_not_computed_is_refused(name: str):
+    with pytest.raises(BackboneError, match=rf"does not compute {name}, which Module asks for; set backbone.attention"):
+        attend(**{name: torch.ones(1)})
+    attend(**{name: None})
+
+
+def record_options(model: transformers.PreTrainedModel) -> set[str]:
+    """Return the names of the options with a value that reach the attention of a model, whatever its caller asks for."""
+    seen: set[str] = set()
+
+    def attention(*args: object, **options: object) -> object:
+        named = set(inspect.signature(grouped_attention).parameters)
+        seen.update(name for name, value in options.items() if value is not None and name not in named)
+        return grouped_attention(*args, **options)
+
+    transformers.AttentionInterface.register("recording", attention)
+    transformers.AttentionMaskInterface.register("recording", eager_mask)
+    model.config._attn_implementation = "recording"
+    try:
+        ids = torch.tensor([[3, 4, 5, 6]])
+        options = {"output_attentions": True, "output_hidden_states": True, "use_cache": True, "return_dict": True}
+        model(ids, labels=ids, position_ids=torch.arange(4)[None], num_items_in_batch=torch.tensor(4), **options)
+        model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    finally:
+        del transformers.AttentionInterface._global_mapping["recording"]
+        del transformers.AttentionMaskInterface._global_mapping["recording"]
+    return seen
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_option_that_transformers_passes_is_known(family: str):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 30, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 2, "use_sliding_window": True}
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    seen = record_options(model)  # raises what grouped_attention raises
+    assert {"position_ids", "use_cache", "num_items_in_batch"} <= seen
+
+
+def test_a_sliding_window_is_in_the_mask():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 30, "head_dim": 4}
+    config = transformers.MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=2)
+    model = transformers.MistralForCausalLM(config).eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    logits = []
+    for implementation in ("eager", GROUPED):
+        model.config._attn_implementation = implementation
+        logits.append(model(ids).logits)
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-6, atol=1e-6)
+    model.config.sliding_window = 100
+    assert not torch.allclose(model(ids).logits, logits[0], atol=1e-6)

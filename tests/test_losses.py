@@ -1,5 +1,7 @@
 """Cross-entropy in chunks against PyTorch's, and what it keeps."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -48,3 +50,23 @@ def test_bf16_logits_are_computed_in_fp32_and_kept_as_they_are():
     (expected,) = torch.autograd.grad(F.cross_entropy(logits.float(), targets, reduction="sum"), logits)
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_logits_are_left_as_they_are(dtype: torch.dtype):
+    logits, targets = example(7, 33, dtype)
+    before = logits.detach().clone()
+    CrossEntropy.apply(logits, targets, 0.1).sum().backward()
+    assert torch.equal(logits.detach(), before)
+
+
+def test_a_soft_cap_before_it_gets_its_gradient():
+    logits, targets = example(7, 33, torch.float64)
+    gradients = []
+    for loss in (
+        lambda capped: CrossEntropy.apply(capped, targets, 0.0),
+        partial(F.cross_entropy, target=targets, reduction="none"),
+    ):
+        capped = torch.tanh(logits)  # it keeps its output for the backward pass
+        gradients += torch.autograd.grad(loss(capped).sum(), logits)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

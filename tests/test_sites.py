@@ -173,6 +173,11 @@ def test_a_misspelt_target_gets_its_name():
         find_sites(t5(), T5, kinds("q", "corss_q"))
 
 
+def test_a_target_that_the_family_knows_is_not_suggested_for_itself():
+    with pytest.raises(ConfigError, match=r"'wi_0' .*\(this backbone has no such layer\)\.$"):
+        find_sites(t5("relu"), T5, kinds("q", "wi_0"))
+
+
 @pytest.mark.parametrize("model", [llama(), t5("relu"), t5("gated-gelu")], ids=["llama", "t5", "t5 gated"])
 def test_the_table_describes_the_models(model: nn.Module):
     architecture = ARCHITECTURES[model.config.model_type]

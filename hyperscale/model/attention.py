@@ -11,8 +11,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from hyperscale.errors import BackboneError
+
 GROUPED = "hyperscale_grouped"
 """Its name for `config._attn_implementation`."""
+_WITHOUT_EFFECT = frozenset(
+    {
+        "position_ids",  # rotated into queries and keys already
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",  # for the loss
+        "is_causal",  # the mask says it, and so does a sliding window's
+        "sliding_window",
+    }
+)
+"""What transformers 5.17 to 5.23 pass along from LLaMA's forward, or Mistral's and Qwen's attention, and `eager` ignores.
+
+They also declare `cu_seq_lens_q` and its kin, for several texts packed into a row. No mask holds those."""
 
 
 def grouped_attention(
@@ -23,7 +40,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **_others: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attend as transformers' `eager` does, in the same order of operations.
 
@@ -34,7 +51,16 @@ def grouped_attention(
 
     Returns:
         The output [B, T, H, D], and the weights [B, H, T, S].
+
+    Raises:
+        BackboneError: an option that changes the attention and is not computed here, such as `softcap` or `s_aux`.
     """
+    unsupported = [name for name, value in options.items() if value is not None and name not in _WITHOUT_EFFECT]
+    if unsupported:
+        raise BackboneError(
+            f"backbone.attention 'auto' does not compute {', '.join(unsupported)}, which {type(module).__name__} asks "
+            "for; set backbone.attention=eager"
+        )
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
     together = query.reshape(batch, groups, heads // groups * tokens, width)

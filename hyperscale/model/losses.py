@@ -37,7 +37,8 @@ class CrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         result = torch.empty_like(logits)
         for rows in _chunks(logits):
-            part = logits[rows].to(normalisers.dtype).sub_(normalisers[rows].unsqueeze(1)).exp_()
+            part = logits[rows].to(normalisers.dtype, copy=True)  # an fp32 cast alone would be the logits themselves
+            part.sub_(normalisers[rows].unsqueeze(1)).exp_()
             if ctx.label_smoothing:
                 part.sub_(ctx.label_smoothing / logits.shape[1])
             right = part.new_full((1, 1), ctx.label_smoothing - 1).expand(len(part), 1)

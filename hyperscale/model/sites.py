@@ -150,8 +150,9 @@ def _check_targets(found: Sequence[Site], kind: AdapterKind, architecture: Archi
     if missing:
         place = kind.acts_on(missing[0])
         known = list(dict.fromkeys(name for stack in architecture.stacks for name in _paths(stack, place)))
-        hint = nearest(missing[0], known)
-        reason = "this backbone has no such layer" if missing[0] in known else f"known: {', '.join(known)}"
+        is_known = missing[0] in known
+        reason = "this backbone has no such layer" if is_known else f"known: {', '.join(known)}"
+        hint = "" if is_known else nearest(missing[0], known)
         raise ConfigError(
             f"adaptation.adapters: {kind.name} target '{missing[0]}' cannot be used on a "
             f"{architecture.model_type} backbone ({reason}).{hint}"
