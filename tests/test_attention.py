@@ -46,7 +46,7 @@ def test_what_is_not_computed_is_refused(name: str):
 
 
 def record_options(model: transformers.PreTrainedModel) -> set[str]:
-    """Return the names of the options with a value that reach the attention of a model, whatever its caller asks for."""
+    """Return the names of the options with a value that reach a model's attention."""
     seen: set[str] = set()
 
     def attention(*args: object, **options: object) -> object:

@@ -11,6 +11,8 @@ from torch import Tensor
 from hyperscale.config.adaptation import AdapterSettings, BottleneckSettings, LoraSettings, NormDeltaSettings
 from hyperscale.config.run import Recipe
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
+from hyperscale.model.adapters.lora import Lora
+from hyperscale.model.adapters.norm_delta import NormDelta
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import open_backbone, set_activation_checkpointing
 from hyperscale.model.generation import EagerGeneration
@@ -95,6 +97,55 @@ def test_generators_that_keep_more_than_they_make_do_it_at_once(folder: Path, ki
     assert isinstance(generation, EagerGeneration)
     for one, other in zip(tensors_of(generation.made), tensors_of(adapted.generate(torch.tensor([2, 0]))), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("by_site", [False, True])
+@pytest.mark.parametrize("kind", ["shared", "hypernetwork"])
+def test_one_set_of_weights_is_neither_copied_nor_taken_apart_by_sample(
+    folder: Path, kind: str, by_site: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """All of the generator `shared`, and the one set of norms beside any other."""
+    adapted = build(folder, {"kind": kind}, (LoraSettings(rank=2), NormDeltaSettings()))
+    adapted.site_by_site = by_site
+    tiny.disturb(adapted.generator)
+    seen: dict[type, set[int]] = {}
+    for adapter in (Lora, NormDelta):
+        apply = adapter.apply
+
+        def record(self: Any, x: Tensor, y: Tensor, weights: Any, apply: Any = apply) -> Tensor:
+            seen.setdefault(type(self), set()).add(max(tensor.dim() for tensor in weights.values()))
+            return apply(self, x, y, weights)
+
+        monkeypatch.setattr(adapter, "apply", record)
+    tasks = torch.arange(3)
+    generation = adapted.generation(tasks)
+    stored = sum(parameter.nbytes for parameter in adapted.generator.parameters())
+    if kind == "shared":
+        assert generation.nbytes == stored
+    ids, mask, labels, positions, _ = batch_of(adapted, slice(0, 6))
+    with adapted.training(generation, SLOTS, 3):
+        together = adapted.label_logits(ids, mask, labels, positions)
+        together.sin().sum().backward()
+    assert seen == {Lora: {2 if kind == "shared" else 3}, NormDelta: {1}}
+    generation.backward()
+    gradients = {name: one.grad.clone() for name, one in adapted.generator.named_parameters()}
+
+    # The same as with a copy of the set for every task.
+    adapted.generator.zero_grad()
+    adapted.site_by_site = False
+    copied = EagerGeneration(
+        {
+            group: {name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in named.items()}
+            for group, named in adapted.generator(tasks).items()
+        }
+    )
+    with adapted.training(copied, SLOTS, 3):
+        expected = adapted.label_logits(ids, mask, labels, positions)
+        expected.sin().sum().backward()
+    copied.backward()
+    torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+    for name, parameter in adapted.generator.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-10)
 
 
 def test_answers_are_the_same(folder: Path):

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.config.adaptation import AdaptationSettings, TaskEncoderSettings
+from hyperscale.config.backbone import BackboneSettings
 from hyperscale.errors import ConfigError
 from hyperscale.model.adapters.registry import build_kinds
+from hyperscale.model.architectures import Architecture
+from hyperscale.model.backbone import load_dense, open_backbone
+from hyperscale.model.description import text_features
 from hyperscale.model.generators.generator import keep_known_tasks, with_new_tasks
 from hyperscale.model.generators.registry import build_generator, stored_features
 from hyperscale.model.sites import SiteMap
@@ -115,3 +119,39 @@ def test_what_text_refuses(site_map: SiteMap):
 def test_every_task_encoder_of_the_recipe_is_built():
     (union, *_) = get_args(TaskEncoderSettings)
     assert {member.model_fields["kind"].default for member in get_args(union)} == set(TASK_ENCODERS)
+
+
+def whole_features(backbone: Any, architecture: Architecture, ids: Tensor, mask: Tensor) -> Tensor:
+    """Read all texts in one forward pass that keeps every hidden state."""
+    inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
+    if architecture.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, :1]
+    output = backbone(**inputs)
+    states = output.encoder_hidden_states if architecture.is_encoder_decoder else output.hidden_states
+    return (states[-1] * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_descriptions_are_read_a_few_at_a_time(family: str, request: pytest.FixtureRequest):
+    chosen = BackboneSettings(name=str(request.getfixturevalue(f"tiny_{family}_folder")), dtype="float32", dropout=0.1)
+    folder = open_backbone(chosen)
+    backbone = load_dense(folder, chosen)
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([5, 3, 9, 4, 6, 2, 7, 1, 20, 12, 30])
+    mask = (torch.arange(30) < lengths[:, None]).long()
+    ids = torch.randint(3, 300, mask.shape, generator=random) * mask
+    shapes = []
+
+    def record(_backbone: nn.Module, _args: object, inputs: dict[str, Any], output: Any) -> None:
+        shapes.append(tuple(inputs["attention_mask"].shape))
+        assert output.get("hidden_states") is None
+
+    handle = backbone.register_forward_hook(record, with_kwargs=True)
+    found = text_features(backbone, folder.architecture, ids, mask)
+    handle.remove()
+    assert shapes == [(8, 9), (3, 30)]
+    assert backbone.training
+    assert not backbone.get_submodule(folder.architecture.stacks[0].final_norm)._forward_hooks
+    with torch.no_grad():
+        expected = whole_features(backbone.eval(), folder.architecture, ids, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = frozenset(
         "sliding_window",
     }
 )
-"""What transformers 5.17 to 5.23 pass along from LLaMA's forward, or Mistral's and Qwen's attention, and `eager` ignores.
+"""What transformers 5.17 to 5.23 pass to the attention of LLaMA, Mistral and Qwen, and `eager` ignores.
 
 They also declare `cu_seq_lens_q` and its kin, for several texts packed into a row. No mask holds those."""
 

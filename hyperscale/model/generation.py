@@ -9,7 +9,9 @@ from torch import Tensor
 from hyperscale.model.weights import Weights, as_leaves, backward, cast, tensors_of
 
 Source = Callable[[str, int], Mapping[str, Tensor]]
-"""Group of a site map, number of a site in it -> its named tensors [K, …], in the backbone's dtype."""
+"""Group of a site map, number of a site in it -> its named tensors [K, …], or [1, …] where the K tasks share them.
+
+In the backbone's dtype."""
 
 
 class Generation(Protocol):

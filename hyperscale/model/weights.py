@@ -1,4 +1,7 @@
-"""Generated weights: for every group of the site map, its named tensors [K, S, …], S being its sites in map order."""
+"""Generated weights: for every group of the site map, its named tensors [K, S, …], S being its sites in map order.
+
+A group whose weights all tasks share has tensors [1, S, …], whatever K is.
+"""
 
 from collections.abc import Iterator, Mapping
 

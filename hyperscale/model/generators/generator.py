@@ -20,7 +20,10 @@ class Generator(Protocol):
     """The only thing that trains. An `nn.Module`, whole on every rank, in fp32."""
 
     def __call__(self, task_index: Tensor) -> Weights:
-        """Return fp32 weights of all sites for K task ids, int64 [K], in one batched call."""
+        """Return fp32 weights of all sites for K task ids, int64 [K], in one batched call.
+
+        A group whose weights all tasks share may have 1 in place of K.
+        """
         ...
 
     def site_by_site(self, task_index: Tensor) -> Generation:

@@ -59,15 +59,15 @@ class Independent(nn.Module):
 
 
 class Shared(nn.Module):
-    """All tasks have the same adapter weights; the task index is not looked at."""
+    """All tasks have the same adapter weights; the task ids are ignored."""
 
     def __init__(self, site_map: SiteMap, specs: GroupSpecs) -> None:
         super().__init__()
         self.table = WeightTable(site_map, specs, 1)
 
     def forward(self, task_index: Tensor) -> Weights:
-        """Return the one set of weights, [K, S, …] for K task ids."""
-        return self.table.rows(torch.zeros_like(task_index))
+        """Return the one set of weights, [1, S, …] for any number of task ids."""
+        return self.table.rows(task_index.new_zeros(1))
 
     def site_by_site(self, task_index: Tensor) -> Generation:
         """Return copies of what is stored."""
