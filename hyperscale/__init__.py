@@ -10,14 +10,24 @@ if TYPE_CHECKING:
     from hyperscale.api.adapt import adapt as adapt
     from hyperscale.api.bundles import Bundles as Bundles
     from hyperscale.api.bundles import load_bundles as load_bundles
+    from hyperscale.config.adaptation import AdapterSection as AdapterSection
+    from hyperscale.config.adaptation import GeneratorSection as GeneratorSection
     from hyperscale.config.adaptation import LoraSettings as LoraSettings
+    from hyperscale.config.extensions import register_adapter_kind as register_adapter_kind
+    from hyperscale.config.extensions import register_generator as register_generator
+    from hyperscale.model.architectures import register_family as register_family
 
 _PUBLIC = {
     "MultiTaskModel": "hyperscale.api.adapt",
     "adapt": "hyperscale.api.adapt",
     "Bundles": "hyperscale.api.bundles",
     "load_bundles": "hyperscale.api.bundles",
+    "AdapterSection": "hyperscale.config.adaptation",
+    "GeneratorSection": "hyperscale.config.adaptation",
     "LoraSettings": "hyperscale.config.adaptation",
+    "register_adapter_kind": "hyperscale.config.extensions",
+    "register_generator": "hyperscale.config.extensions",
+    "register_family": "hyperscale.model.architectures",
 }
 """Public name -> the module that defines it, imported at first use: torch is slow to load."""
 

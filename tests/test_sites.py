@@ -23,7 +23,7 @@ from hyperscale.config.adaptation import (
 from hyperscale.errors import ConfigError
 from hyperscale.model.adapters.kinds import AdapterKind
 from hyperscale.model.adapters.registry import build_kinds
-from hyperscale.model.architectures import ARCHITECTURES
+from hyperscale.model.architectures import ARCHITECTURES, architecture_of
 from hyperscale.model.sites import SiteMap, find_sites
 
 LLAMA, T5 = ARCHITECTURES["llama"], ARCHITECTURES["t5"]
@@ -203,7 +203,7 @@ def test_the_table_describes_the_models(model: nn.Module):
 
 def test_no_other_file_names_a_layer():
     package = Path(hyperscale.__file__).parent
-    stacks = [stack for architecture in ARCHITECTURES.values() for stack in architecture.stacks]
+    stacks = [stack for architecture in map(architecture_of, ARCHITECTURES) for stack in architecture.stacks]
     parts = {part for stack in stacks for path in stack.projections.values() for part in path.split(".")}
     words = {part for part in parts if len(part) > 5} | {stack.blocks for stack in stacks}
     assert {"q_proj", "SelfAttention", "model.layers"} <= words

@@ -1,15 +1,38 @@
 """What is trained: adapter kinds at the backbone's sites, and the generator that makes their weights."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from hyperscale.config.open_union import OpenUnion
+from hyperscale.config.plugins import Registry
 from hyperscale.config.section import Section
 
 
-class LoraSettings(Section):
+class AdapterSection(Section):
+    """The base of every adapter kind's settings."""
+
+    has_peft_form: ClassVar[bool] = False
+    """Whether the kind alone can be exported as a PEFT folder."""
+
+
+class GeneratorSection(Section):
+    """The base of every generator's settings."""
+
+    reads_task_codes: ClassVar[bool] = False
+    """Whether it makes weights from the codes of the task encoder."""
+    tells_tasks_apart: ClassVar[bool] = True
+    """Whether tasks get weights of their own."""
+    shares_parameters: ClassVar[bool] = True
+    """Whether a trained parameter acts on several tasks. It decides the default of `norm_delta`'s `per_task`."""
+    generates_by_site: ClassVar[bool] = False
+    """Whether making each site's weights where it acts saves memory."""
+
+
+class LoraSettings(AdapterSection):
     """Low-rank update of linear projections, `y + (alpha / rank) · B(A x)` (arXiv 2106.09685)."""
 
+    has_peft_form = True
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=8.0, gt=0)
@@ -18,7 +41,7 @@ class LoraSettings(Section):
     T5: q, k, v, o, cross_q, cross_k, cross_v, cross_o, wi or (gated) wi_0 and wi_1, wo."""
 
 
-class BottleneckSettings(Section):
+class BottleneckSettings(AdapterSection):
     """Bottleneck adapter on a sub-layer's output, `y + U act(D y + b_d) + b_u` (arXiv 1902.00751, section 2.1)."""
 
     kind: Literal["bottleneck"] = "bottleneck"
@@ -33,16 +56,17 @@ class BottleneckSettings(Section):
     )
 
 
-class Ia3Settings(Section):
+class Ia3Settings(AdapterSection):
     """Learned scales, `(1 + δ) ⊙ y` (arXiv 2205.05638)."""
 
+    has_peft_form = True
     kind: Literal["ia3"] = "ia3"
     targets: tuple[str, ...] = Field(default=("k", "v", "feed_forward"), min_length=1)
     """Projections by their short names, as for LoRA: their outputs are scaled. `feed_forward`: what goes into the
     feed-forward's last projection."""
 
 
-class NormDeltaSettings(Section):
+class NormDeltaSettings(AdapterSection):
     """All layer norms of the backbone trained, as differences of their weights: `w + δ`."""
 
     kind: Literal["norm_delta"] = "norm_delta"
@@ -51,16 +75,30 @@ class NormDeltaSettings(Section):
     where the generator is `independent`, else one. No generator makes them: they are parameters beside it."""
 
 
-class PrefixSettings(Section):
+class PrefixSettings(AdapterSection):
     """Keys and values before those of the text, in every self-attention (arXiv 2101.00190)."""
 
+    has_peft_form = True
     kind: Literal["prefix"] = "prefix"
     length: int = Field(default=16, ge=1)
     """Positions that the prefix takes; the text follows them."""
 
 
+ADAPTER_SETTINGS: Registry[type[AdapterSection]] = Registry(
+    "adapter kind",
+    "hyperscale.adapter_kinds",
+    {
+        "lora": LoraSettings,
+        "bottleneck": BottleneckSettings,
+        "ia3": Ia3Settings,
+        "norm_delta": NormDeltaSettings,
+        "prefix": PrefixSettings,
+    },
+)
 AdapterSettings = Annotated[
-    LoraSettings | BottleneckSettings | Ia3Settings | NormDeltaSettings | PrefixSettings, Field(discriminator="kind")
+    LoraSettings | BottleneckSettings | Ia3Settings | NormDeltaSettings | PrefixSettings,
+    Field(discriminator="kind"),
+    OpenUnion(ADAPTER_SETTINGS),
 ]
 
 
@@ -81,12 +119,14 @@ class TaskTextSettings(Section):
 TaskEncoderSettings = Annotated[TaskTableSettings | TaskTextSettings, Field(discriminator="kind")]
 
 
-class HypernetworkSettings(Section):
+class HypernetworkSettings(GeneratorSection):
     """One network for all layers and positions of a stack (HyperFormer++, arXiv 2106.04489).
 
     It is conditioned on task, layer and position.
     """
 
+    reads_task_codes = True
+    generates_by_site = True
     kind: Literal["hypernetwork"] = "hypernetwork"
     layer_dim: int = Field(default=64, ge=1)
     position_dim: int = Field(default=64, ge=1)
@@ -102,28 +142,43 @@ class HypernetworkSettings(Section):
     own, an adapter that all tasks share, and the network makes what each task adds to it."""
 
 
-class PerLayerSettings(Section):
+class PerLayerSettings(GeneratorSection):
     """A hypernetwork for every layer and position, shared by the tasks (HyperFormer, arXiv 2106.04489)."""
 
+    reads_task_codes = True
     kind: Literal["per_layer"] = "per_layer"
     hidden_dim: int = Field(default=128, ge=1)
     code_dim: int = Field(default=64, ge=1)
 
 
-class IndependentSettings(Section):
+class IndependentSettings(GeneratorSection):
     """Every task owns its adapter weights and shares nothing (Houlsby et al.)."""
 
+    shares_parameters = False
     kind: Literal["independent"] = "independent"
 
 
-class SharedSettings(Section):
+class SharedSettings(GeneratorSection):
     """All tasks use one set of adapter weights."""
 
+    tells_tasks_apart = False
     kind: Literal["shared"] = "shared"
 
 
+GENERATOR_SETTINGS: Registry[type[GeneratorSection]] = Registry(
+    "generator",
+    "hyperscale.generators",
+    {
+        "hypernetwork": HypernetworkSettings,
+        "per_layer": PerLayerSettings,
+        "independent": IndependentSettings,
+        "shared": SharedSettings,
+    },
+)
 GeneratorSettings = Annotated[
-    HypernetworkSettings | PerLayerSettings | IndependentSettings | SharedSettings, Field(discriminator="kind")
+    HypernetworkSettings | PerLayerSettings | IndependentSettings | SharedSettings,
+    Field(discriminator="kind"),
+    OpenUnion(GENERATOR_SETTINGS),
 ]
 
 
@@ -140,4 +195,9 @@ class AdaptationSettings(Section):
     @property
     def reads_descriptions(self) -> bool:
         """Whether task codes are made from the tasks' written descriptions."""
-        return self.task_encoder.kind == "text" and self.generator.kind in ("hypernetwork", "per_layer")
+        return self.task_encoder.kind == "text" and self.generator.reads_task_codes
+
+    @property
+    def has_peft_form(self) -> bool:
+        """Whether the adapters are of one kind, and PEFT has that kind."""
+        return len({adapter.kind for adapter in self.adapters}) == 1 and self.adapters[0].has_peft_form

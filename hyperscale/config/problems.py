@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from hyperscale.config.open_union import OpenUnion
 from hyperscale.errors import nearest
 
 _LONGEST_VALUE = 80
@@ -111,7 +113,7 @@ def _step(place: _Place, key: int | str) -> _Place:
     arguments = get_args(annotation)
     if _is_model(annotation):
         field = annotation.model_fields.get(str(key)) or _by_alias(annotation, str(key))
-        return _Place(_join(place.path, str(key)), field.annotation if field else annotation)
+        return _Place(_join(place.path, str(key)), _annotation_of(field) if field else annotation)
     if get_origin(annotation) is dict:
         return _Place(_join(place.path, str(key)), arguments[1])
     if isinstance(key, int):
@@ -124,11 +126,18 @@ def _step(place: _Place, key: int | str) -> _Place:
 def _bare(annotation: Any) -> Any:
     """Strip `Annotated` and a `None` alternative."""
     while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+        annotation, *metadata = get_args(annotation)
+        annotation = next((each.union for each in metadata if isinstance(each, OpenUnion)), annotation)
     if _is_union(annotation):
         members = [member for member in get_args(annotation) if member is not type(None)]
         return _bare(members[0]) if len(members) == 1 else Union[tuple(members)]  # noqa: UP007  (members are not known here)
     return annotation
+
+
+def _annotation_of(field: FieldInfo) -> Any:
+    """Return a field's annotation with its `OpenUnion`, which pydantic puts aside."""
+    opened = next((each for each in field.metadata if isinstance(each, OpenUnion)), None)
+    return Annotated[field.annotation, opened] if opened else field.annotation
 
 
 def _element(arguments: Sequence[Any], position: int) -> Any:

@@ -41,7 +41,7 @@ class Recipe(Section):
             f"adaptation.adapters lists the kind '{kind}' more than once; put all its targets in one entry"
             for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1})
         ]
-        if self.export.format == "peft" and set(kinds) not in ({"lora"}, {"ia3"}, {"prefix"}):
+        if self.export.format == "peft" and not self.adaptation.has_peft_form:
             problems.append(
                 f"export.format 'peft' cannot express {' + '.join(dict.fromkeys(kinds))}; use 'native' or 'auto', "
                 "or keep only lora, only ia3 or only prefix adapters"
@@ -73,12 +73,13 @@ class Recipe(Section):
         if known >= tasks:
             problems.append(f"start.known_tasks {known} leaves no new task among the {tasks} of data.tasks; add one")
         if self.start.train == "new_tasks":
-            if self.adaptation.generator.kind == "shared":
+            generator = self.adaptation.generator
+            if not generator.tells_tasks_apart:
                 problems.append(
-                    "start.train 'new_tasks' cannot be used with the generator 'shared', which has no weights of one "
-                    "task alone; use start.train=everything"
+                    f"start.train 'new_tasks' cannot be used with the generator '{generator.kind}', which has no "
+                    "weights of one task alone; use start.train=everything"
                 )
-            if self.adaptation.task_encoder.kind == "text" and self.adaptation.generator.kind != "independent":
+            if self.adaptation.reads_descriptions:
                 problems.append(
                     "start.train 'new_tasks' has nothing to train with adaptation.task_encoder.kind 'text': its "
                     "description is all that a task has of its own; use start.train=everything"

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyperscale.config.extensions import peft_method_of
 from hyperscale.errors import BundleError
 from hyperscale.model.adapters.ia3 import INNER
 from hyperscale.model.architectures import Architecture
@@ -26,7 +27,7 @@ _PREFIX = "base_model.model."
 _ROWS = "prompt_embeddings"
 
 
-class _Method(NamedTuple):
+class PeftMethod(NamedTuple):
     """How one kind is said: its own part of the configuration, its tensors, and how to read them back."""
 
     config: Callable[[Weights, SiteMap, Architecture], Mapping[str, Any]]
@@ -37,7 +38,7 @@ class _Method(NamedTuple):
 def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None:
     """Return what of a map PEFT has no words for, or None if a PEFT folder can hold all of it."""
     kinds = list(dict.fromkeys(site.kind for site in site_map.sites))
-    others = sorted(set(kinds) - _METHODS.keys())
+    others = sorted(kind for kind in kinds if _find_method(kind) is None)
     if others:
         return f"{', '.join(others)} adapters: PEFT has no such type"
     if len(kinds) > 1:
@@ -64,7 +65,7 @@ def write_peft(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for the one task in `weights` (K = 1)."""
     require_peft_support(site_map, architecture)
-    method = _METHODS[site_map.sites[0].kind]
+    method = _method(site_map)
     config = {
         "task_type": "SEQ_2_SEQ_LM" if architecture.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -78,7 +79,7 @@ def write_peft(
 
 def read_peft(folder: Path, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
     """Read back weights [1, S, …] of every group."""
-    return _METHODS[site_map.sites[0].kind].read(load_file(folder / TENSORS), site_map)
+    return _method(site_map).read(load_file(folder / TENSORS), site_map)
 
 
 def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] | str:
@@ -185,11 +186,23 @@ def _read_prefix(tensors: Mapping[str, Tensor], site_map: SiteMap) -> Mapping[st
     return {group: {"rows": _stacked(rows[site] for site in sites)} for group, sites in site_map.groups.items()}
 
 
-_METHODS: Mapping[str, _Method] = {
-    "lora": _Method(_lora_config, _lora_tensors, _read_lora),
-    "ia3": _Method(_ia3_config, _ia3_tensors, _read_ia3),
-    "prefix": _Method(_prefix_config, _prefix_tensors, _read_prefix),
+PEFT_METHODS: Mapping[str, PeftMethod] = {
+    "lora": PeftMethod(_lora_config, _lora_tensors, _read_lora),
+    "ia3": PeftMethod(_ia3_config, _ia3_tensors, _read_ia3),
+    "prefix": PeftMethod(_prefix_config, _prefix_tensors, _read_prefix),
 }
+
+
+def _find_method(kind: str) -> PeftMethod | None:
+    return PEFT_METHODS.get(kind) or peft_method_of(kind)
+
+
+def _method(site_map: SiteMap) -> PeftMethod:
+    """Return how the one kind of a map is written, after `require_peft_support`."""
+    method = _find_method(site_map.sites[0].kind)
+    if method is None:
+        raise BundleError(f"{site_map.sites[0].kind} adapters have no PEFT form in this installation")
+    return method
 
 
 def _indexed(site_map: SiteMap) -> Sequence[tuple[str, int, Site]]:

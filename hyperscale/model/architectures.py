@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hyperscale.config.plugins import Registry
 from hyperscale.errors import BackboneError, nearest
 
 
@@ -97,7 +98,20 @@ _T5 = Architecture(
     mask_argument="mask",
 )
 
-ARCHITECTURES: Mapping[str, Architecture] = {row.model_type: row for row in (_LLAMA, _T5)}
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "backbone family", "hyperscale.families", {row.model_type: row for row in (_LLAMA, _T5)}
+)
+
+
+def register_family(row: Architecture) -> None:
+    """Add a family of backbones, for every model whose config.json has the row's `model_type`.
+
+    `dataclasses.replace(architecture_of("llama"), …)` is enough for a family that names its layers as LLaMA does.
+
+    Raises:
+        PluginError: the `model_type` is taken.
+    """
+    ARCHITECTURES.register(row.model_type, row)
 
 
 def architecture_of(model_type: str) -> Architecture:
@@ -105,10 +119,12 @@ def architecture_of(model_type: str) -> Architecture:
 
     Raises:
         BackboneError: there is no such row.
+        PluginError: there is none, and a plug-in that might add it cannot be loaded.
     """
-    if model_type not in ARCHITECTURES:
+    row = ARCHITECTURES.find(model_type)
+    if row is None:
         raise BackboneError(
             f"backbones of type '{model_type}' are not supported; supported: {', '.join(ARCHITECTURES)}."
-            f"{nearest(model_type, ARCHITECTURES)} A new family is one row in hyperscale/model/architectures.py"
+            f"{nearest(model_type, ARCHITECTURES)} A new family is one row: see hyperscale.register_family"
         )
-    return ARCHITECTURES[model_type]
+    return row

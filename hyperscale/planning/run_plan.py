@@ -152,7 +152,7 @@ def _advice(
     found = []
     checkpointed = recipe.engine.activation_checkpointing
     generated = memory.items["generated weights"]
-    if checkpointed and recipe.adaptation.generator.kind == "hypernetwork" and generated > limit / 10:
+    if checkpointed and recipe.adaptation.generator.generates_by_site and generated > limit / 10:
         found.append(f"engine.generated_budget=0B: no site then keeps its part of {format_size(generated)}")
     if memory.items["resident parts"] and memory.total - memory.items["resident parts"] <= limit:
         found.append("engine.resident=auto keeps no more gathered than fits")

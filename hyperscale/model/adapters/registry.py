@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hyperscale.config.adaptation import AdapterSettings
+from hyperscale.config.extensions import adapter_implementation
+from hyperscale.errors import PluginError
 from hyperscale.model.adapters.bottleneck import Bottleneck
 from hyperscale.model.adapters.ia3 import Ia3
 from hyperscale.model.adapters.kinds import AdapterKind
@@ -23,7 +25,24 @@ ADAPTER_KINDS: Mapping[str, Callable[[Any], AdapterKind]] = {
 def build_kinds(settings: Sequence[AdapterSettings]) -> tuple[AdapterKind, ...]:
     """Make the adapter kinds of a recipe, in the order in which they act where they meet.
 
-    LoRA, inside, comes first; then what scales the projection; then what is put after it.
+    LoRA, inside, comes first; then what scales the projection; then what is put after it. Registered kinds come last,
+    by their names, so that the order does not depend on what is installed.
+
+    Raises:
+        PluginError: a kind of a plug-in that cannot be imported, or that acts inside the attention.
     """
     order = list(ADAPTER_KINDS)
-    return tuple(ADAPTER_KINDS[one.kind](one) for one in sorted(settings, key=lambda one: order.index(one.kind)))
+    packaged = sorted((one for one in settings if one.kind in order), key=lambda one: order.index(one.kind))
+    others = sorted((one for one in settings if one.kind not in order), key=lambda one: one.kind)
+    return (*(ADAPTER_KINDS[one.kind](one) for one in packaged), *map(_build_registered, others))
+
+
+def _build_registered(settings: AdapterSettings) -> AdapterKind:
+    kind: AdapterKind = adapter_implementation(settings.kind)(settings)
+    inside = [target for target in kind.targets if kind.acts_on(target) in ("keys", "values")]
+    if inside:
+        raise PluginError(
+            f"adapter kind '{settings.kind}' acts on {kind.acts_on(inside[0])}, where only the package's own prefix "
+            "can; a registered kind acts on projections, sublayers, inputs and norms"
+        )
+    return kind

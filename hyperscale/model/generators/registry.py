@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.config.adaptation import AdaptationSettings, NormDeltaSettings
+from hyperscale.config.extensions import generator_implementation
 from hyperscale.model.adapters.kinds import AdapterKind
 from hyperscale.model.generators.generator import GroupSpecs, group_specs
 from hyperscale.model.generators.hypernetwork import Hypernetwork
@@ -81,7 +82,9 @@ def build_generator(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ask = GeneratorSpec(settings, made, specs, num_tasks, task_features)
-        generator = GENERATORS[settings.generator.kind](ask) if made.sites else None
+        kind = settings.generator.kind
+        build = GENERATORS[kind] if kind in GENERATORS else generator_implementation(kind)
+        generator = build(ask) if made.sites else None
         if generator is not None and not kept.sites:
             return generator
         beside = Independent(kept, specs, num_tasks) if _norms_per_task(settings) else Shared(kept, specs)
@@ -96,4 +99,4 @@ def stored_features(tensors: Mapping[str, Tensor]) -> Tensor | None:
 def _norms_per_task(settings: AdaptationSettings) -> bool:
     """Return whether every task has its own layer norms."""
     asked = next((one.per_task for one in settings.adapters if isinstance(one, NormDeltaSettings)), None)
-    return settings.generator.kind == "independent" if asked is None else asked
+    return not settings.generator.shares_parameters if asked is None else asked
