@@ -1,11 +1,13 @@
-"""Scores against values worked out by hand."""
+"""Scores against values worked out by hand, and F1 of spans against seqeval's."""
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from hyperscale.data.examples import Example
-from hyperscale.data.metrics import METRICS, compute, majority_score, score
+from hyperscale.data.metrics import METRICS, compute, f1_counts, majority_score, score
 from hyperscale.data.tasks import MetricName, Task
 from hyperscale.errors import DataError
 
@@ -50,6 +52,18 @@ def test_span_f1_counts_whole_spans_and_any_text_as_an_answer():
     answers = ["O B-actor I-actor", "B-year O nonsense B-year"]
     assert compute(["span_f1"], answers, references)["span_f1"] == 100
     assert compute(["span_f1"], ["", "no tags at all"], references)["span_f1"] == 0
+
+
+def test_span_f1_is_seqevals():
+    """300 random sets of sentences, scored by seqeval 1.2.2 with mode="strict", scheme=IOB2, zero_division=0."""
+    cases = json.loads(Path(__file__).with_name("span_f1_of_seqeval.json").read_text())
+    assert len(cases) == 300
+    for predictions, references, expected in cases:
+        assert compute(["span_f1"], predictions, references)["span_f1"] == pytest.approx(expected, abs=1e-12)
+        right, given, true = f1_counts("span_f1", predictions, references).sum(0).tolist()
+        assert 100 * 2 * right / max(given + true, 1) == pytest.approx(expected, abs=1e-12)
+    assert len({expected for *_, expected in cases}) > 30
+    assert any(not expected for *_, expected in cases)
 
 
 def test_a_task_names_its_positive_answer_and_its_majority():

@@ -3,13 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from seqeval.metrics import f1_score as span_f1_score
-from seqeval.scheme import IOB2, Entities
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperscale.data import templates
@@ -17,6 +15,9 @@ from hyperscale.data.examples import Example
 from hyperscale.data.tagging import WRITINGS
 from hyperscale.data.tasks import MetricName, Task
 from hyperscale.errors import DataError
+
+Span = tuple[str, int, int]
+"""Type, first word, and the word after the last one."""
 
 _TAG = re.compile(r"O|[BI]-\S+")
 
@@ -70,7 +71,7 @@ def positive_answer(task: Task) -> str | None:
 def f1_counts(
     metric: Literal["f1", "span_f1"], predictions: Sequence[str], references: Sequence[str], positive: str | None = None
 ) -> NDArray[np.int64]:
-    """Return what the F1 of any choice of rows is made of, as `compute` would count it.
+    """Return the counts from which the F1 of any choice of rows follows, as `compute` counts them.
 
     Returns:
         [N, 3]: right answers (for `span_f1` spans), given ones, and ones of the references, row by row.
@@ -79,8 +80,7 @@ def f1_counts(
     if metric == "f1":
         given, true = ([{positive} & {text} for text in texts] for texts in (predicted, expected))
     else:
-        tags = [text.split() for text in expected]
-        given, true = _spans([_tags(text, len(of)) for text, of in zip(predicted, tags, strict=True)]), _spans(tags)
+        given, true = _span_sets(predicted, expected)
     rows = [(len(one & other), len(one), len(other)) for one, other in zip(given, true, strict=True)]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
@@ -141,16 +141,32 @@ def _number(text: str) -> float:
 
 
 def _span_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Micro F1 over spans in the strict sense of BIO: an answer is one tag for each tag of its reference."""
+    """Return the micro F1 of whole spans in strict BIO (IOB2): an answer is one tag for each tag of its reference."""
+    given, true = _span_sets(predictions, references)
+    right = sum(len(one & other) for one, other in zip(given, true, strict=True))
+    if not right:
+        return 0.0
+    precision, recall = right / sum(map(len, given)), right / sum(map(len, true))
+    return 2 * precision * recall / (precision + recall)
+
+
+def _span_sets(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[set[Span]], list[set[Span]]]:
     expected = [text.split() for text in references]
     predicted = [_tags(text, len(tags)) for text, tags in zip(predictions, expected, strict=True)]
-    return float(span_f1_score(expected, predicted, mode="strict", scheme=IOB2, zero_division=0))
+    return list(map(_spans, predicted)), list(map(_spans, expected))
 
 
-def _spans(sentences: Sequence[list[str]]) -> list[set[Any]]:
-    found = Entities(list(sentences), scheme=IOB2).entities
-    # spans carry the number of their sentence, which is the same on both sides
-    return [{span.to_tuple() for span in spans} for spans in found]
+def _spans(tags: Sequence[str]) -> set[Span]:
+    """Return the spans of one sentence. B-x begins a span and I-x continues an open one of x; another I- is outside."""
+    spans: set[Span] = set()
+    kind, start = "", 0
+    for place, tag in enumerate([*tags, "O"]):
+        if kind and tag != f"I-{kind}":
+            spans.add((kind, start, place))
+            kind = ""
+        if tag.startswith("B-"):
+            kind, start = tag[2:], place
+    return spans
 
 
 def _tags(text: str, count: int) -> list[str]:
