@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hyperscale.config.data import DataSettings, MixtureSettings
-from hyperscale.data.mixture import Mixture, Sample, rates
+from hyperscale.data.mixture import Mixture, Sample, _stream, rates
 from hyperscale.errors import CheckpointError
 
 SIZES = (40, 10, 23)
@@ -109,6 +109,18 @@ def test_another_order_is_not_continued():
     other = Mixture(lengths()[:2], DataSettings(tasks=("t",)), 8, 5)
     with pytest.raises(CheckpointError, match=r"rows was \[40, 10, 23\], is \[40, 10\]"):
         other.load_state(state)
+
+
+def test_another_numpys_order_is_not_continued(monkeypatch: pytest.MonkeyPatch):
+    state = mixture().state()
+    before_the_field = {**state, "order": {name: value for name, value in state["order"].items() if name != "stream"}}
+    mixture().load_state(before_the_field)
+    assert state["order"]["stream"] == "d9ce11989fef749a"  # another value: this numpy's order is another one
+    philox = np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda seed: philox(seed).jumped())
+    monkeypatch.setattr("hyperscale.data.mixture._stream", _stream.__wrapped__)
+    with pytest.raises(CheckpointError, match=r"cannot be continued: stream was \w{16}, is \w{16}$"):
+        mixture().load_state(state)
 
 
 def test_a_task_smaller_than_a_step_is_repeated():

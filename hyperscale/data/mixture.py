@@ -1,6 +1,8 @@
 """Which examples form which optimizer step: a pure function of seed and step, the same for any number of workers."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +11,7 @@ from hyperscale.config.data import DataSettings, MixtureSettings
 from hyperscale.errors import CheckpointError
 
 _WINDOW, _EPOCH = 0, 1
-"""Purposes of random streams; each is seeded by (seed, purpose, counters), so none depends on what was drawn before."""
+"""Purposes of random streams. Each is seeded by (seed, purpose, counters), so none depends on earlier draws."""
 
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -24,7 +26,7 @@ class Sample(NamedTuple):
 def rates(sizes: Sequence[int], settings: MixtureSettings) -> tuple[float, ...]:
     """Return each task's probability: min(n · scale, maximum)^(1/temperature), normalised to sum 1 (seqio's rule).
 
-    `settings.weights` stand in the place of that rule.
+    `settings.weights` replace that rule.
     """
     if settings.weights is not None:
         return tuple(weight / sum(settings.weights) for weight in settings.weights)
@@ -76,7 +78,8 @@ class Mixture:
         Raises:
             CheckpointError: data, seed or settings differ, so that the order of samples would be another one.
         """
-        ours, theirs = self._order(), state["order"]
+        ours = self._order()
+        theirs = {"stream": ours["stream"], **state["order"]}  # older checkpoints do not name their stream
         changed = [f"{name} was {theirs.get(name)}, is {ours[name]}" for name in ours if ours[name] != theirs.get(name)]
         if changed:
             raise CheckpointError(f"the checkpoint's order of samples cannot be continued: {'; '.join(changed)}")
@@ -87,8 +90,9 @@ class Mixture:
             self._window, self._after = self._draw(window, self._before)
 
     def _order(self) -> dict[str, Any]:
-        """Return everything that the order of samples follows from, but the lengths."""
+        """Return everything that decides the order of samples, except the lengths."""
         return {
+            "stream": _stream(),
             "seed": self._seed,
             "batch_size": self._batch_size,
             "bucket_steps": self._settings.bucket_steps,
@@ -135,4 +139,24 @@ class Mixture:
         return self._orders[task][1]
 
     def _random(self, *counters: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, *counters])))
+        return _generator(self._seed, *counters)
+
+
+def _generator(*entropy: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(entropy))))
+
+
+@cache
+def _stream() -> str:
+    """Return a digest of what this numpy draws from a fixed seed, by the same calls as the mixture.
+
+    numpy may change what a Generator draws from one version to the next (its NEP 19). The digest then changes too, and
+    a checkpoint that was taken under the other order is refused.
+    """
+    random = _generator(0)
+    draws = [
+        random.choice(5, size=64, p=[0.1, 0.3, 0.2, 0.15, 0.25]),
+        random.choice(5, size=3),
+        random.permutation(257),
+    ]
+    return hashlib.sha256(b"".join(draw.astype("<i8").tobytes() for draw in draws)).hexdigest()[:16]
