@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Literal
 
 import numpy as np
@@ -77,6 +77,8 @@ def f1_counts(
         [N, 3]: right answers (for `span_f1` spans), given ones, and ones of the references, row by row.
     """
     predicted, expected = [text.strip() for text in predictions], [text.strip() for text in references]
+    given: Sequence[Set[object]]
+    true: Sequence[Set[object]]
     if metric == "f1":
         given, true = ([{positive} & {text} for text in texts] for texts in (predicted, expected))
     else:
