@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -77,13 +77,12 @@ def f1_counts(
         [N, 3]: right answers (for `span_f1` spans), given ones, and ones of the references, row by row.
     """
     predicted, expected = [text.strip() for text in predictions], [text.strip() for text in references]
-    given: Sequence[Set[object]]
-    true: Sequence[Set[object]]
     if metric == "f1":
-        given, true = ([{positive} & {text} for text in texts] for texts in (predicted, expected))
+        pairs = zip(predicted, expected, strict=True)
+        rows = [(int(one == other == positive), int(one == positive), int(other == positive)) for one, other in pairs]
     else:
-        given, true = _span_sets(predicted, expected)
-    rows = [(len(one & other), len(one), len(other)) for one, other in zip(given, true, strict=True)]
+        spans = zip(*_span_sets(predicted, expected), strict=True)
+        rows = [(len(one & other), len(one), len(other)) for one, other in spans]
     return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
