@@ -1,5 +1,6 @@
 """The README is followed to the letter: its files are written, its commands run on a tiny backbone or are parsed."""
 
+import ast
 import json
 import re
 import shlex
@@ -40,16 +41,16 @@ def write_files(folder: Path) -> None:
 
 
 def small(words: list[str], backbone: Path) -> list[str]:
-    """Make a command that trains or validates small enough for a test; what it means to show stays."""
+    """Shrink a command that trains or validates, so that a test can run it."""
     if words[0] == "adapt":
         return [*words, "training.steps=2", "--launcher", "local"]
     if words[0] not in ("train", "validate", "plan") or "--show" in words:
         return words
-    given = {word.partition("=")[0] for word in words}
-    steps = 3 if "training.steps" in given else 2
+    overridden = {word.partition("=")[0] for word in words}
+    steps = 3 if "training.steps" in overridden else 2
     launcher = ["--launcher", "local"] if words[0] == "train" else []
-    named = [] if "backbone.name" in given else [f"backbone.name={backbone}"]
-    named += [] if "data.tasks" in given else ["data.tasks=[tweets, plural]"]
+    named = [] if "backbone.name" in overridden else [f"backbone.name={backbone}"]
+    named += [] if "data.tasks" in overridden else ["data.tasks=[tweets, plural]"]
     return [*words, *named, *TINY, f"training.steps={steps}", *launcher]
 
 
@@ -80,16 +81,20 @@ def test_the_story(
         "my-llama",
         "independent",
         "shared",
-        *("told", "demo-tickets", "both", "torchrun", "local"),
+        *("described", "demo-tickets", "both", "torchrun", "local"),
     }
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert answers[0]["prediction"] in ("positive", "negative")
     assert [row["task"] for row in answers] == ["tweets", "plural"]
     assert (tmp_path / "bundles" / "tweets" / "adapter_config.json").is_file()
-    (program,) = (text for kind, text in BLOCKS if kind == "python")
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("Form of mouse:")
+    outputs = []
+    for program in (text for kind, text in BLOCKS if kind == "python"):
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    with_peft, with_hyperscale = outputs
+    assert with_peft.startswith("Form of mouse:")
+    assert ast.literal_eval(with_hyperscale) == [answer["prediction"] for answer in answers]
 
 
 def test_cluster_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,11 +123,46 @@ def test_other_programs() -> None:
     assert "were **not run by us**" in README.partition("vllm serve")[0][-200:]
 
 
-def test_links_and_tree() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "cluster" / "README.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    broken = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+    assert broken == []
+
+
+def test_tree_names_every_room() -> None:
     (tree,) = (text for kind, text in BLOCKS if kind == "text")
     shown = set(re.findall(r"^  ([a-z_]+)/", tree, flags=re.MULTILINE))
     folders = {path.name for path in (ROOT / "hyperscale").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert shown == folders
     assert [name for name in re.findall(r"^([a-z_]+)/", tree, flags=re.MULTILINE) if not (ROOT / name).is_dir()] == []
+
+
+def test_every_environment_variable_is_listed() -> None:
+    """docs/environment.md names each variable of ours that the program, its tests or its benchmarks read."""
+    sources = [*(ROOT / "hyperscale").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), ROOT / "tests/long_run.py"]
+    read = {name for path in sources for name in re.findall(r"HYPERSCALE_[A-Z_]+", path.read_text())}
+    read |= {
+        name
+        for path in (ROOT / "hyperscale").rglob("*.yaml")
+        for name in re.findall(r"HYPERSCALE_[A-Z_]+", path.read_text())
+    }
+    listed = set(
+        re.findall(r"^\| `(HYPERSCALE_[A-Z_]+)`", (ROOT / "docs/environment.md").read_text(), flags=re.MULTILINE)
+    )
+    assert read == listed
