@@ -17,7 +17,7 @@ demo: .venv/.runtime ## train several real tasks on two ZeRO-3 workers under Ray
 	$(BIN)/hyperscale train demo
 
 test: .venv/.dev ## every test but those marked `long`
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: .venv/.dev ## the tests marked `long`, longest-waiting first, for at most HYPERSCALE_LONG_MINUTES (55)
 	$(BIN)/python tests/long_run.py

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
 import hyperscale as hs
-from hyperscale.errors import BackboneError, ConfigError
+from hyperscale.errors import BackboneError, BundleError, ConfigError
 from hyperscale.model.backbone import set_activation_checkpointing
 from tests import tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTERS = ["lora", {"kind": "bottleneck", "reduction": 4}]
 TASKS = ("news", "mail", "films")
@@ -102,6 +104,24 @@ def test_generate_answers_a_mixed_batch_as_each_sample_alone(model: Any, options
         with model.tasks(task):
             alone = model.generate(**{name: values[row : row + 1] for name, values in inputs.items()}, **settings)
         assert torch.equal(together[row], alone)
+
+
+def test_adapters_leave_as_peft_folders(tiny_llama_folder: Path, tmp_path: Path):
+    def backbone() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32).eval()
+
+    model = hs.adapt(backbone(), [hs.LoraSettings(rank=4, alpha=16)], task_names=TASKS).eval()
+    tiny.disturb(model.generator)
+    folders = model.save_adapters(tmp_path)
+    assert list(folders) == list(TASKS)
+    for task, folder in folders.items():
+        served = PeftModel.from_pretrained(backbone(), folder)
+        torch.testing.assert_close(
+            served(**batch()).logits, model(**batch(), task_ids=task).logits, atol=1e-5, rtol=1e-5
+        )
+    with pytest.raises(BundleError, match="bottleneck adapters: PEFT has no such type"):
+        hs.adapt(backbone(), ADAPTERS, num_tasks=1).save_adapters(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_state_is_the_generators_alone(model: Any, tmp_path: Path):

@@ -7,6 +7,7 @@ transformers' `Trainer`, or Accelerate.
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -19,6 +20,7 @@ from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.errors import ConfigError, nearest
+from hyperscale.export.peft_format import require_peft_support, write_peft
 from hyperscale.model.architectures import architecture_of
 from hyperscale.model.build import Blueprint
 from hyperscale.model.generation import split_by_site
@@ -180,6 +182,38 @@ class MultiTaskModel(nn.Module):
         with torch.no_grad():
             made: Weights = self.generator(self._numbers(task))
         return made
+
+    def save_adapters(self, folder: str | Path, tasks: Sequence[Task] | None = None) -> dict[str, Path]:
+        """Write each task's adapters as a folder that PEFT and vLLM load; an earlier folder of a task is replaced.
+
+        Args:
+            folder: gets one folder for each task, by its name.
+            tasks: only these; by default all.
+
+        Returns:
+            Task name -> its folder.
+
+        Raises:
+            BundleError: PEFT has no form for these adapters; the message says which.
+
+        Example:
+            >>> model.save_adapters("adapters")
+            >>> PeftModel.from_pretrained(backbone, "adapters/news")
+        """
+        numbers = range(len(self.task_names)) if tasks is None else self._numbers(tasks).tolist()
+        require_peft_support(self.blueprint.site_map, self.blueprint.architecture)
+        base, dtype = str(self.backbone.name_or_path), next(self.backbone.parameters()).dtype
+        written = {}
+        for number in numbers:
+            target = Path(folder) / self.task_names[number]
+            target.mkdir(parents=True, exist_ok=True)
+            weights = {
+                group: {name: tensor.cpu() for name, tensor in named.items()}
+                for group, named in self.weights(number).items()
+            }
+            write_peft(target, weights, self.blueprint.site_map, self.blueprint.architecture, base, dtype)
+            written[self.task_names[number]] = target
+        return written
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, of how many."""
