@@ -1,4 +1,4 @@
-"""The command line: its words and options. What they do is in `commands`; `hyperscale --help` loads no vendor."""
+"""The command line: commands and their options, which `commands` carries out; `hyperscale --help` loads no vendor."""
 
 import argparse
 import os
@@ -19,14 +19,13 @@ _OVERRIDES = "a setting of the recipe by its path, the value as YAML: training.s
 _EXAMPLES = """\
 start with:
   hyperscale train demo           the embedded default: a real model, real tasks
-  hyperscale validate RECIPE      what a recipe comes to, without training
+  hyperscale validate RECIPE      check a recipe, without training
   hyperscale COMMAND --help       the options of one command
 """
-_RESUME = "continue from the last whole checkpoint in the run folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A user's mistake is a message on standard error, without a traceback."""
+    """Run one command; returns the exit code. A user's error is a message on standard error, without a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parse(given)
     debug = "debug" in options
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; what is whole stays: continue a run with --resume", file=sys.stderr)
+        print("stopped; committed checkpoints are kept: continue a run with --resume", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hyperscale tasks | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,63 +94,67 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     train = verb("train", commands.train, "train a recipe, evaluate it, export a bundle per task")
     _add_recipe(train)
-    train.add_argument(
-        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
-    )
-    train.add_argument("--resume", action="store_true", help=_RESUME)
+    _add_launcher(train)
+    _add_resume(train)
 
-    adapt = verb("adapt", commands.adapt, "teach a trained generator new tasks, old ones may stay untouched")
-    adapt.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
-    adapt.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+    adapt = verb("adapt", commands.adapt, "train an existing generator on new tasks")
+    _add_checkpoint(adapt)
+    _add_overrides(adapt)
     adapt.add_argument("--task", action="append", required=True, help="a new task's name or file; may be repeated")
     adapt.add_argument(
         "--train",
         choices=("new_tasks", "everything"),
         default="new_tasks",
-        help="what learns: only what belongs to the new tasks (default), or the whole generator",
+        help="train only the new tasks, which leaves known ones unchanged (default), or the whole generator",
     )
     adapt.add_argument(
-        "--old-share", type=float, default=0.0, help="share of the samples for the known tasks, with everything"
+        "--old-share",
+        type=float,
+        default=0.0,
+        help="share of samples for the known tasks, with --train everything",
     )
-    adapt.add_argument(
-        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
-    )
-    adapt.add_argument("--resume", action="store_true", help=_RESUME)
+    _add_launcher(adapt)
+    _add_resume(adapt)
 
-    submit = verb("submit", commands.submit, "run a recipe as a Ray job on a cluster, follow its log")
+    submit = verb("submit", commands.submit, "run a recipe as a Ray job on a cluster and follow its log")
     _add_recipe(submit)
     submit.add_argument("--address", required=True, help="the cluster's dashboard: http://HEAD:8265")
-    submit.add_argument("--working-dir", type=Path, help="folder to send along (default: a recipe file's own folder)")
-    submit.add_argument("--resume", action="store_true", help=_RESUME)
+    submit.add_argument("--working-dir", type=Path, help="folder to upload (default: a recipe file's own folder)")
+    _add_resume(submit)
     submit.add_argument("--no-follow", action="store_true", help="return once the job is submitted")
 
     evaluate = verb("evaluate", commands.evaluate, "score a checkpoint's tasks again, in one process")
-    evaluate.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    _add_checkpoint(evaluate)
+    _add_overrides(evaluate)
+    evaluate.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if the run used one and this machine has one, else the CPU (default)",
+    )
     evaluate.add_argument(
         "--split",
         choices=("validation", "test"),
         default="validation",
-        help="rows to score; test: of the tasks that have such rows (default: validation)",
+        help="rows to score; tasks without test rows are left out of test (default: validation)",
     )
 
     compare = verb("compare", commands.compare, "train methods and seeds with equal budgets, write one table")
     compare.add_argument("comparison", type=Path, help="a YAML file: recipe, methods, learning rates, seeds")
-    compare.add_argument(
-        "--launcher", choices=("ray", "torchrun", "local"), default="ray", help="who starts the workers (default: ray)"
-    )
-    compare.add_argument("--dry-run", action="store_true", help="check every recipe and count the runs, no more")
+    _add_launcher(compare)
+    compare.add_argument("--dry-run", action="store_true", help="only check every recipe and count the runs")
     compare.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="METHOD",
-        help="train this method and write no table, as one of several machines does; may be repeated",
+        help="train only this method and write no table, to divide the work among machines; may be repeated",
     )
     compare.add_argument(
         "--jobs",
         type=int,
         default=1,
-        help="runs at one time, with --launcher local: they share this machine's CPUs or GPU (default: 1)",
+        help="runs to train at once, with --launcher local; they share this machine's CPUs or GPU (default: 1)",
     )
 
     predict = verb("predict", commands.predict, "answer the rows of a file with exported bundles")
@@ -160,14 +163,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV or Parquet with the prompt's columns")
     predict.add_argument("--output", required=True, type=Path, help="JSONL to write: the rows with 'prediction' added")
-    predict.add_argument("--backbone", help="where the backbone is on this machine, if not where it was")
+    predict.add_argument("--backbone", help="the backbone folder on this machine, if it is not where it was")
     predict.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="precision of the backbone (default: as trained)"
     )
     predict.add_argument("--batch-size", type=int, default=16, help="rows at once (default: 16)")
 
     export = verb("export", commands.export, "write one bundle per task of a checkpoint")
-    export.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+    _add_checkpoint(export)
     export.add_argument("--output", type=Path, help="folder for the bundles (default: bundles/ in the run folder)")
     export.add_argument("--task", action="append", default=[], help="only this task; may be repeated")
     export.add_argument(
@@ -180,26 +183,26 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("--format", choices=("auto", "peft", "native"), help="default: as the recipe says")
 
     tasks = verb("tasks", commands.tasks, "list the tasks that a recipe can name, or show one")
-    tasks.add_argument("task", nargs="?", help="a task's name or file: say what it is and show one of its examples")
+    tasks.add_argument("task", nargs="?", help="a task's name or file: describe it and show one example")
     tasks.add_argument(
         "--folder", action="append", default=[], help="also look in this folder of task files; may be repeated"
     )
 
-    validate = verb("validate", commands.validate, "check a recipe, its backbone and its data, no training")
+    validate = verb("validate", commands.validate, "check a recipe, its backbone and its data")
     _add_recipe(validate)
     validate.add_argument("--show", action="store_true", help="print the resolved recipe, and nothing else")
 
-    plan = verb("plan", commands.plan, "say what memory and time a run needs, no weights read")
+    plan = verb("plan", commands.plan, "estimate the memory and time that a run needs")
     _add_recipe(plan)
-    plan.add_argument("--gpus", type=int, help="GPUs in all, one rank each (default: the recipe's cluster section)")
+    plan.add_argument("--gpus", type=int, help="number of GPUs, one rank each (default: the recipe's cluster section)")
     plan.add_argument("--nodes", type=int, default=1, help="machines that share them evenly (default: 1)")
     plan.add_argument("--gpu-memory", help="memory of one GPU, or of one rank on CPUs: 80GiB (default: this machine's)")
     plan.add_argument("--bandwidth", type=float, help="GB/s that one rank receives from the others")
-    plan.add_argument("--rate", type=float, help="TFLOP/s that one rank sustains, measured or hoped for")
+    plan.add_argument("--rate", type=float, help="TFLOP/s that one rank sustains")
     plan.add_argument("--json", action="store_true", help="print everything as JSON")
 
     verb("schema", commands.schema, "print the JSON schema of a recipe")
-    verb("doctor", commands.doctor, "say what this machine has and what is missing")
+    verb("doctor", commands.doctor, "list what this machine has and what is missing")
 
     track = verb("track", commands.track, "send a run's metrics.jsonl to MLflow, now or again")
     track.add_argument("folder", help="the run folder")
@@ -209,7 +212,24 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help=f"a YAML file, or a packaged recipe: {', '.join(packaged_recipes())}")
+    _add_overrides(parser)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint, or a run folder for its newest one")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=_OVERRIDES)
+
+
+def _add_launcher(parser: argparse.ArgumentParser) -> None:
+    launchers = ("ray", "torchrun", "local")
+    parser.add_argument("--launcher", choices=launchers, default="ray", help="who starts the workers (default: ray)")
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from hyperscale.run.evaluate import evaluate_checkpoint
     from hyperscale.run.outcome import print_scores
 
-    print_scores(evaluate_checkpoint(options.checkpoint, options.split))
+    print_scores(evaluate_checkpoint(options.checkpoint, options.split, options.overrides, options.device))
     return 0
 
 

@@ -15,6 +15,8 @@ import yaml
 
 from hyperscale.config.loading import load_recipe
 from hyperscale.data.tasks import list_tasks
+from hyperscale.run.context import RunResult
+from hyperscale.run.outcome import show
 from tests.command import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +59,7 @@ def test_wrong_words_are_met_with_the_nearest(capsys: pytest.CaptureFixture[str]
         (["train", "demo", "--lanucher", "local"], "unknown: --lanucher local. Did you mean '--launcher'?"),
         (["train", "demo", "--launcher", "slurm"], "invalid choice: 'slurm'"),
         (["train"], "the following arguments are required: recipe\n"),
-        (["evaluate", "runs/demo", "seed=1"], "unknown: seed=1"),
+        (["export", "runs/demo", "seed=1"], "unknown: seed=1"),
         (["validate", "demo", "seed"], "override 'seed' is not of the form dotted.key=value"),
     ]
     for arguments, fragment in cases:
@@ -213,7 +215,7 @@ def test_ctrl_c_stops_in_one_line_and_the_run_goes_on(
         finally:
             process.kill()
     assert process.returncode == 130
-    assert log.splitlines()[-1] == "stopped; what is whole stays: continue a run with --resume"
+    assert log.splitlines()[-1] == "stopped; committed checkpoints are kept: continue a run with --resume"
     assert "Traceback" not in log
     newest = max(int(path.name.removeprefix("step-")) for path in checkpoint.parent.glob("step-*"))
     more = ["--launcher", "local", "--resume", f"training.steps={newest + 2}", "training.optimizer.warmup_steps=0"]
@@ -234,3 +236,27 @@ def test_ctrl_c_stops_in_one_line_and_the_run_goes_on(
     again = run(capsys, "train", "recipe.yaml", *more)
     assert again.code == 0, again.err
     assert f"  source {programs / 'activate'}" in again.out
+
+
+def test_the_last_page_of_a_remote_run_can_be_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "memory://bucket/run"
+    scores = {"mood": {"accuracy": 50.0}}
+    record = {"step": 2, "stage": "validation", "scores": scores, "samples": {"mood": 8}, "seconds": 1.0}
+    result = RunResult(
+        name="far",
+        folder=folder,
+        steps=2,
+        seconds=1.0,
+        evaluations=(record,),
+        bundles={"mood": f"{folder}/bundles/mood"},
+        checkpoint=f"{folder}/checkpoints/step-000002",
+        trained_parameters=1,
+        total_parameters=100,
+    )
+    capsys.readouterr()
+    show(result)
+    page = capsys.readouterr().out
+    assert "memory:/bucket" not in page
+    assert re.search(r"bundles +memory:///?bucket/run/bundles\n", page), page
+    assert "hyperscale export memory://bucket/run --output bundles" in page
+    assert "hyperscale predict bundles/mood --input" in page

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 
 from hyperscale.compare.intervals import draw, interval, resampled_scores, seed_interval
 from hyperscale.compare.schedule import check_comparison, make_trial, run_comparison
+from hyperscale.compare.table import MethodSummary
 from hyperscale.config.comparison import Comparison, load_comparison
 from hyperscale.config.loading import render_recipe
 from hyperscale.config.run import Recipe
@@ -374,6 +375,15 @@ def test_an_interval_over_seeds_is_students() -> None:
 
 def test_an_interval_is_the_middle_95_percent() -> None:
     assert interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [((-0.1, 2.0), "not shown"), ((0.0, 0.0), "not shown"), ((0.1, 2.0), "above"), ((-2.0, -0.1), "below")],
+)
+def test_the_interval_over_rows_and_seeds_decides_the_verdict(ends: tuple[float, float], verdict: str) -> None:
+    summary = MethodSummary("any", 0.1, {}, {}, [1.0], 1.0, ends, (-9.0, 9.0), 1.0, 1.0, 1.0)
+    assert summary.verdict == verdict
 
 
 COMPARISONS = sorted(

@@ -1,11 +1,14 @@
 """The test split: kept apart until it is asked for, then scored like any other, its answers on disk."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from hyperscale.checkpoint.store import CheckpointStore, load_checkpoint
 from hyperscale.run.context import read_result
 from hyperscale.run.predictions import read_predictions
 from tests.command import run
@@ -79,3 +82,26 @@ def test_a_task_without_test_rows(place: Path, capsys: pytest.CaptureFixture[str
         run(capsys, "train", place / "recipe.yaml", "--launcher", "local", tasks, "training.evaluate_test=false").code
         == 0
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_checkpoint_of_a_gpu_run_is_evaluated_on_a_cpu(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = run(capsys, "train", place / "recipe.yaml", "--launcher", "local")
+    assert trained.code == 0, trained.err
+    checkpoint = load_checkpoint(read_result(str(place / "run")).checkpoint)
+    cluster = {**checkpoint.recipe["cluster"], "gpus_per_worker": 1.0}
+    of_gpu = dataclasses.replace(checkpoint, recipe={**checkpoint.recipe, "cluster": cluster})
+    CheckpointStore(str(place / "gpu"), keep=1).save(of_gpu)
+
+    scored = run(capsys, "evaluate", place / "run")
+    on_cpu = run(capsys, "evaluate", place / "gpu")
+    assert on_cpu.code == 0, on_cpu.err
+    assert on_cpu.out == scored.out
+    assert "the run used GPUs, and this machine has no CUDA device: evaluating on the CPU" in on_cpu.err
+    assert "evaluating on the CPU" not in scored.err
+    chosen = run(capsys, "evaluate", place / "gpu", "--device", "cpu", "data.validation_limit=2")
+    assert chosen.code == 0, chosen.err
+    assert "evaluating on the CPU" not in chosen.err
+    refused = run(capsys, "evaluate", place / "gpu", "--device", "cuda")
+    assert refused.code == 1
+    assert "sees no CUDA device" in refused.errors[0]

@@ -1,4 +1,4 @@
-"""What a comparison found, as numbers, as Markdown and for MLflow."""
+"""The result of a comparison as numbers, as Markdown and as metrics."""
 
 import json
 import statistics
@@ -52,9 +52,9 @@ class MethodSummary:
 
     @property
     def verdict(self) -> str:
-        """`equal` where the interval holds 0."""
+        """`above` or `below` where `interval` excludes 0, else `not shown`: no evidence is not evidence of equality."""
         low, high = self.interval
-        return "equal" if low <= 0 <= high else "above" if low > 0 else "below"
+        return "not shown" if low <= 0 <= high else "above" if low > 0 else "below"
 
 
 def summarise(outcome: Outcome) -> list[MethodSummary]:
@@ -188,9 +188,10 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
         f"{counted(len(comparison.seeds), 'seed')} a method, {steps} steps × "
         f"{recipe.training.batch_size} samples on {recipe.backbone.name}; main scores on the {comparison.split} rows "
         f"in percent, mean ± standard deviation over the seeds. {rates} "
-        f"Intervals: {comparison.resamples} paired resamples of rows and seeds; "
-        "`equal` means that the interval holds 0. `over seeds` is Student's 95 % interval of the seeds' own "
-        "differences: with few seeds it is the wider one, and a verdict whose `over seeds` holds 0 wants more seeds."
+        f"The `95 % interval` comes from {comparison.resamples} paired resamples of rows and seeds and decides the "
+        "verdict: `above` or `below` where it excludes 0, else `not shown`, which does not mean that the methods are "
+        "equal. `over seeds` is Student's 95 % interval of the seeds' own differences: with few seeds it is the wider "
+        "one, and a verdict whose `over seeds` holds 0 needs more seeds."
     )
     lines = [f"# {comparison.name}", "", about, ""]
     lines += [

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joined or started here, and asked whether it has what the workers need."""
+"""The Ray cluster of a run: join it or start it here, and check that it has what the workers need."""
 
 import logging
 import os
@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Read by Ray when it is imported, and handed on to its processes: no warning about a future default, no doubled prints,
-# a dead worker noticed within half a second.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -31,6 +25,12 @@ from hyperscale.launch.resources import asked_resources, several_nodes_problem, 
 from hyperscale.logger import get_logger
 
 _logger = get_logger(__name__)
+
+# Ray reads these after its import, and its processes inherit them: no warning about a future default, no doubled
+# prints, and a dead worker is noticed within half a second.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 """Training moves nothing through Ray's object store; its default would take 30 % of the memory."""
@@ -74,7 +74,7 @@ def _connected(where: str, **options: Any) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Knock first: Ray itself would try for more than two minutes."""
+    """Raise `ResourceError` if nothing answers; Ray itself would try for more than two minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
         host, port = parts.hostname, parts.port

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hyperscale.checkpoint.layout import open_place
 from hyperscale.data import templates
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
@@ -26,7 +27,7 @@ def show(result: RunResult) -> None:
     records = [EvaluationRecord(**record) for record in result.evaluations]
     places = {"run folder": _nearby(result.folder), "checkpoint": _nearby(result.checkpoint)}
     if result.bundles:
-        places["bundles"] = str(Path(_nearby(next(iter(result.bundles.values())))).parent)
+        places["bundles"] = _nearby(str(open_place(next(iter(result.bundles.values()))).parent))
     if result.mlflow:
         places["MLflow run"] = _mlflow_run(result.mlflow)
     share = 100 * result.trained_parameters / result.total_parameters
@@ -71,6 +72,10 @@ def _next_commands(result: RunResult) -> list[tuple[str, str]]:
         commands.append((f"source {shlex.quote(_nearby(str(activate)))}", "once in this shell"))
     if result.bundles:
         bundle = next(iter(result.bundles.values()))
+        if not open_place(bundle).is_local:
+            command = f"hyperscale export {shlex.quote(result.folder)} --output bundles"
+            commands.append((command, "write the bundles to this machine"))
+            bundle = f"bundles/{open_place(bundle).name}"
         command = f"hyperscale predict {shlex.quote(_nearby(bundle))} --input rows.jsonl --output answers.jsonl"
         commands.append((command, f"answer rows of your own{_columns(bundle)}"))
     uri = str(result.mlflow.get("mlflow_uri", ""))
