@@ -41,7 +41,7 @@ class DataError(HyperscaleError):
 
 
 class AssetError(HyperscaleError):
-    """A pinned package could not be fetched, or is not what its digest promises."""
+    """A pinned package could not be fetched, or its content does not match its digest."""
 
 
 class BackboneError(HyperscaleError):
@@ -65,7 +65,7 @@ class RunFolderError(HyperscaleError):
 
 
 class BundleError(HyperscaleError):
-    """A bundle cannot be written in the asked format, or cannot be read."""
+    """A bundle cannot be written in the requested format, or cannot be read."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,7 @@ from hyperscale.assets import words
 from hyperscale.assets.backbones import PACKAGED, resolve_packaged
 from hyperscale.assets.cache import building, cache_root, publish, sha256_of
 from hyperscale.assets.datasets import open_dataset
+from hyperscale.assets.network import may_recover
 from hyperscale.assets.packages import PinnedPackage, archive_path, fetch
 from hyperscale.errors import AssetError, BackboneError, DataError
 
@@ -259,3 +261,21 @@ def test_unknown_names_get_the_nearest_one() -> None:
         open_dataset("vader", "tweets")
     with pytest.raises(DataError, match=r"has no subset 'tweet'.*Did you mean 'tweets'\?"):
         open_dataset("vader_sentiment", "tweet")
+
+
+@pytest.mark.parametrize(
+    ("error", "recovers"),
+    [
+        (ConnectionError("unreachable"), True),
+        (ValueError("no repository id"), False),
+        *((status, status in (408, 429, 500, 503)) for status in (401, 403, 404, 408, 429, 500, 503)),
+    ],
+)
+def test_a_server_that_is_down_may_recover_and_a_wrong_name_may_not(error: Exception | int, recovers: bool) -> None:
+    if isinstance(error, int):
+        response = requests.Response()
+        response.status_code = error
+        outer = OSError("could not be fetched")
+        outer.__cause__ = requests.HTTPError(response=response)
+        error = outer
+    assert may_recover(error) is recovers

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.run_folder import claim
@@ -135,9 +138,54 @@ def test_what_a_killed_save_had_no_time_to_prune_is_swept(tmp_path: Path) -> Non
     assert store.list() == (newest,)
 
 
+class FlakyFileSystem(MemoryFileSystem):
+    """A memory file system whose next writes fail, as an object store's do that answers 500."""
+
+    protocol = "flaky"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    failures: ClassVar[int] = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def put_file(self, *arguments: Any, **options: Any) -> None:
+        if FlakyFileSystem.failures:
+            FlakyFileSystem.failures -= 1
+            raise OSError("500 Internal Server Error")
+        super().put_file(*arguments, **options)
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperscale.checkpoint.store._PAUSES", (0, 0))
+
+
+@pytest.mark.usefixtures("without_pauses")
+def test_a_save_outlives_two_failures_and_reports_a_third_as_transient() -> None:
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    store = CheckpointStore("flaky://bucket/run", keep=2)
+    FlakyFileSystem.failures = 2
+    path = store.save(make_checkpoint(1))
+    assert_same(store.load(path), make_checkpoint(1))
+    FlakyFileSystem.failures = 3
+    with pytest.raises(
+        CheckpointError, match=r"step 2 cannot be written.*500.*The last whole one is .*step-000001"
+    ) as e:
+        store.save(make_checkpoint(2))
+    assert e.value.is_transient
+    assert pickle.loads(pickle.dumps(e.value)).is_transient
+    assert FlakyFileSystem.failures == 0
+    with pytest.raises(CheckpointError) as missing:
+        store.load("flaky://bucket/run/checkpoints/step-000009")
+    assert not missing.value.is_transient
+
+
+@pytest.mark.usefixtures("without_pauses")
 def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="step 5 cannot be written"):
+    with pytest.raises(CheckpointError, match=r"step 5 cannot be written.*Free some space or fix the location"):
         CheckpointStore(str(tmp_path / "file"), keep=1).save(make_checkpoint(5))
     with pytest.raises(RunFolderError, match="nosuch://x: Protocol not known"):
         CheckpointStore("nosuch://x", keep=1)

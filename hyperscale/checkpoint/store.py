@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +35,14 @@ from hyperscale.checkpoint.layout import (
     whole_checkpoints,
 )
 from hyperscale.errors import CheckpointError
+from hyperscale.logger import get_logger
 
 _FORMAT = 1
 _PARTIAL = ".partial"
+_PAUSES = (1, 5)
+"""Seconds before a failed save is tried a second and a third time."""
+
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,24 +70,42 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Commit a checkpoint and return its path; `CheckpointError` if it cannot be written. Rank 0 only."""
-        root = self._run.child(CHECKPOINTS)
+        """Commit a checkpoint and return its path. Rank 0 only.
+
+        A failed write is repeated twice, after 1 and 5 seconds: object stores and network file systems fail now and
+        then. `CheckpointError`, marked as transient, if the third attempt fails too.
+        """
+        for seconds in _PAUSES:
+            try:
+                return self._save(checkpoint)
+            except OSError as error:
+                _logger.warning("checkpoint of step %d: %s; trying again in %d s", checkpoint.step, error, seconds)
+                time.sleep(seconds)
         try:
-            self.sweep()
-            target = root.child(self._free_name(checkpoint.step))
-            if target.is_local:
-                _commit_locally(checkpoint, Path(target.path))
-            else:
-                _commit_remotely(checkpoint, target)
-            self._prune()
-            return str(_with_plain_name(target, checkpoint.step))
+            return self._save(checkpoint)
         except OSError as error:
-            previous = self.latest()
-            kept = f"The last whole one is {previous}." if previous else "None has been written yet."
             raise CheckpointError(
-                f"The checkpoint of step {checkpoint.step} cannot be written in {root}: {error}. "
-                f"Make room or mend the place, then use --resume. {kept}"
+                f"The checkpoint of step {checkpoint.step} cannot be written in {self._run.child(CHECKPOINTS)}: "
+                f"{error}. Free some space or fix the location, then use --resume. {self._last_whole()}",
+                is_transient=True,
             ) from error
+
+    def _save(self, checkpoint: Checkpoint) -> str:
+        self.sweep()
+        target = self._run.child(CHECKPOINTS).child(self._free_name(checkpoint.step))
+        if target.is_local:
+            _commit_locally(checkpoint, Path(target.path))
+        else:
+            _commit_remotely(checkpoint, target)
+        self._prune()
+        return str(_with_plain_name(target, checkpoint.step))
+
+    def _last_whole(self) -> str:
+        try:
+            previous = self.latest()
+        except OSError:  # the storage is unreachable: the message about the save must not be lost for it
+            return "Earlier checkpoints could not be listed."
+        return f"The last whole one is {previous}." if previous else "None has been written yet."
 
     def latest(self) -> str | None:
         """Return the path of the newest whole checkpoint, or None."""
@@ -227,7 +251,7 @@ def _read_marker(place: Place) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _verified(place: Place, files: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
-    """Give a local folder with these files, fetched if they are remote, every digest checked."""
+    """Yield a local folder with these files, fetched if they are remote, with every digest checked."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(place.path if place.is_local else scratch)
         for name, entry in files.items():
@@ -240,8 +264,7 @@ def _verified(place: Place, files: Mapping[str, Mapping[str, Any]]) -> Iterator[
                 raise CheckpointError(f"{place.child(name)} is missing: {error}. {_recovery_hint(place)}") from error
             if not whole:
                 raise CheckpointError(
-                    f"{place.child(name)} is damaged: it is not the file whose sha256 stands in {MARKER}. "
-                    f"{_recovery_hint(place)}"
+                    f"{place.child(name)} is damaged: its sha256 is not the one in {MARKER}. {_recovery_hint(place)}"
                 )
         yield folder
 

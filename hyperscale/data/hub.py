@@ -5,6 +5,7 @@ from typing import Any
 
 import datasets
 
+from hyperscale.assets.network import may_recover
 from hyperscale.data.origins import SPLITS, HubSource, Split, unset_variable
 from hyperscale.data.rows import Row
 from hyperscale.errors import DataError, nearest
@@ -23,7 +24,8 @@ def open_hub(source: HubSource, named: Collection[str]) -> Mapping[Split, Sequen
         found = datasets.load_dataset(source.path, source.name, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{where}: cannot be loaded: {reason}{_remedy(source)}") from error
+        transient = isinstance(error, ConnectionError) and may_recover(error)
+        raise DataError(f"{where}: cannot be loaded: {reason}{_remedy(source)}", is_transient=transient) from error
     wanted = source.splits or {split: split for split in SPLITS if split in found}
     for split in wanted.values():
         if split not in found:

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hyperscale.assets.backbones import PACKAGED, resolve_packaged
+from hyperscale.assets.network import may_recover
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.errors import BackboneError, nearest
 from hyperscale.model.architectures import Architecture, architecture_of
@@ -154,7 +155,8 @@ def _locate(settings: BackboneSettings, patterns: Sequence[str] = _WHOLE) -> Pat
         raise BackboneError(
             f"backbone.name: '{settings.name}' is no folder here and could not be fetched from the model hub "
             f"({type(error).__name__}: {reason}). Check the name and the network, set HF_TOKEN for a gated model, "
-            "or give a folder"
+            "or give a folder",
+            is_transient=may_recover(error),
         ) from error
 
 
