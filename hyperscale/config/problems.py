@@ -69,7 +69,10 @@ def _explain(detail: Mapping[str, Any], place: _Place) -> _Problem:
             path, tags = _join(place.path, discriminator), _tags(place.annotation, discriminator)
             if kind == "union_tag_not_found":
                 return _Problem(path, f"required, but missing: one of {_list(tags)}")
-            return _Problem(path, f"'{context['tag']}'", _one_of(tags, context["tag"]))
+            allowed = _one_of(tags, context["tag"])
+            if _open_union(place.annotation) and not nearest(context["tag"], tags):
+                allowed += ". No installed package adds it"
+            return _Problem(path, f"'{context['tag']}'", allowed)
         case "literal_error":
             return _Problem(place.path, value, _one_of(_literals(place.annotation), str(detail["input"])))
         case "value_error" | "assertion_error":
@@ -126,12 +129,17 @@ def _step(place: _Place, key: int | str) -> _Place:
 def _bare(annotation: Any) -> Any:
     """Strip `Annotated` and a `None` alternative."""
     while get_origin(annotation) is Annotated:
-        annotation, *metadata = get_args(annotation)
-        annotation = next((each.union for each in metadata if isinstance(each, OpenUnion)), annotation)
+        opened = _open_union(annotation)
+        annotation = opened.union if opened else get_args(annotation)[0]
     if _is_union(annotation):
         members = [member for member in get_args(annotation) if member is not type(None)]
         return _bare(members[0]) if len(members) == 1 else Union[tuple(members)]  # noqa: UP007  (members are not known here)
     return annotation
+
+
+def _open_union(annotation: Any) -> OpenUnion | None:
+    metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((each for each in metadata if isinstance(each, OpenUnion)), None)
 
 
 def _annotation_of(field: FieldInfo) -> Any:
