@@ -32,6 +32,7 @@ from hyperscale.model.backbone import DTYPES, open_backbone
 from hyperscale.planning.memory import describe_run, plan_memory
 from hyperscale.run.worker import build_engine
 from hyperscale.tracking.provenance import package_versions
+from tests.gathers import held_elements
 
 RANKS = 2
 STEPS = 2
@@ -153,7 +154,7 @@ def measure(case: Case, backbone: Path) -> dict[str, Any]:
         "measured": resident_bytes("VmHWM") - before,
         "loading": loaded,
         "between_steps": resident_bytes("VmRSS") - before,
-        "held_backbone": engine.held_elements() * DTYPES[case.dtype].itemsize,
+        "held_backbone": held_elements(engine.model.backbone) * DTYPES[case.dtype].itemsize,
     }
     workload = describe_run(recipe, folder)
     plan = plan_memory(workload, read_sharding(recipe, RANKS, "cpu"), engine.resident, "cpu")

@@ -14,10 +14,10 @@ import torch
 from hyperscale.config.run import Recipe
 from hyperscale.engine import shared_shards
 from hyperscale.engine.base import StepResult
-from hyperscale.engine.gathers import Gather, logged_gathers
 from hyperscale.engine.zero import shard_backbone
 from hyperscale.model.backbone import open_backbone
 from tests import tiny
+from tests.gathers import Gather, logged_gathers
 from tests.ranks import Ranks, started_ranks
 from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
 

@@ -63,6 +63,24 @@ def test_importing_brings_no_vendor(modules: list[str], absent: set[str]) -> Non
     assert imported_by(modules) & absent == set()
 
 
+def test_only_the_wall_uses_deepspeeds_private_names() -> None:
+    wall = PACKAGE / "engine" / "deepspeed_names.py"
+    text = wall.read_text(encoding="utf-8")
+    listed = re.findall(r'"([a-z_]+)": "[a-z]', text)
+    assert {"ds_tensor", "ds_status", "get_param_coordinator", "_convert_to_deepspeed_param"} <= set(listed)
+    # `partition` is also a method of every string.
+    names = [name for name in listed if name not in ("all_gather", "partition")]
+    private = re.compile(rf"\b({'|'.join(names)}|ds_(?!configs?\b)[a-z]\w*|_PartitionedParameterCoordinator\w*)\b")
+    uses = [
+        f"{path.relative_to(PACKAGE)}: {match[0]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path != wall
+        for match in private.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert uses == []
+    assert [match[0] for match in private.finditer("ds_config ds_configs one.ds_numel")] == ["ds_numel"]
+
+
 def test_package_markers_are_empty() -> None:
     markers = sorted(PACKAGE.rglob("__init__.py"))
     assert len(markers) > 10

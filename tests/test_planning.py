@@ -14,7 +14,6 @@ from hyperscale.config.backbone import BackboneSettings
 from hyperscale.config.run import Recipe
 from hyperscale.config.sizes import format_size, parse_size
 from hyperscale.engine.ds_config import read_sharding
-from hyperscale.engine.gathers import logged_gathers
 from hyperscale.engine.zero import ZeroEngine
 from hyperscale.model.adapted import label_positions, token_losses
 from hyperscale.model.backbone import build_empty, open_backbone, open_shapes
@@ -25,6 +24,7 @@ from hyperscale.planning.trace import StepShape, build_meta_model, trace_step
 from hyperscale.planning.traffic import plan_traffic, step_operations
 from tests import tiny
 from tests.command import run
+from tests.gathers import logged_gathers
 from tests.ranks import Ranks, started_ranks
 from tests.runs import corpus_of, engine_of, loader_of, make_recipe, write_tasks
 

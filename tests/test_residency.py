@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from torch.nn import functional as F
 
 from hyperscale.config.run import Recipe
 from hyperscale.engine.collective import SingleProcess
+from hyperscale.engine.deepspeed_names import is_away
 from hyperscale.engine.ds_config import read_sharding
 from hyperscale.engine.frozen_linear import forget_linear_inputs
 from hyperscale.engine.host_memory import free_memory
@@ -20,6 +20,7 @@ from hyperscale.engine.zero import ZeroEngine
 from hyperscale.model.backbone import open_backbone
 from hyperscale.planning.memory import describe_run, plan_memory
 from hyperscale.planning.parts import Part, choose_resident
+from tests.gathers import held_elements
 from tests.ranks import Ranks, started_ranks
 from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
 
@@ -45,20 +46,16 @@ def steps(asked: Recipe) -> dict[str, Any]:
     engine, corpus = engine_of(asked), corpus_of(asked)
     assert isinstance(engine, ZeroEngine)
     loader = loader_of(asked, corpus, engine.collective.rank, 2)
-    held, losses = [engine.held_elements()], []
+    held, losses = [held_elements(engine.model.backbone)], []
     for step in range(4):
         if step == 3:  # evaluation makes DeepSpeed forget the order of modules, and let go what it may
             with engine.evaluating():
                 pass
-            held.append(engine.held_elements())
+            held.append(held_elements(engine.model.backbone))
         losses.append(engine.train_step(loader.next_step(), step).loss)
-        held.append(engine.held_elements())
-    gathered = [
-        name
-        for name, one in engine.model.backbone.named_parameters()
-        if one.ds_status is not ZeroParamStatus.NOT_AVAILABLE  # type: ignore[attr-defined]
-    ]
-    parts = {part.name: (part.numel, part.shard_numel(2)) for part in engine.parts}
+        held.append(held_elements(engine.model.backbone))
+    gathered = [name for name, one in engine.model.backbone.named_parameters() if not is_away(one)]
+    parts = {part.name: (part.numel, sum(-(-numel // 2) for numel in part.numels)) for part in engine.parts}
     inside = list(engine.model.backbone.modules())[1:]  # the whole model has one of DeepSpeed's engine besides
     hooks = [hook for module in inside for hook in module._forward_hooks.values()]
     return {

@@ -21,7 +21,9 @@ from hyperscale.engine.zero import ZeroEngine, shard_backbone
 from hyperscale.errors import BackboneError
 from hyperscale.inference.answers import Answerer, Question
 from hyperscale.model.backbone import DTYPES, load_dense, open_backbone
+from hyperscale.model.shapes import whole_numel
 from tests import tiny
+from tests.gathers import held_elements
 from tests.ranks import Ranks, started_ranks
 from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
 
@@ -76,12 +78,12 @@ def train(recipe: Recipe) -> Trained:
     with engine.evaluating():
         answers = answerer(questions)
     held.append(held_by(engine))
-    whole = [int(getattr(one, "ds_numel", one.numel())) for one in engine.model.backbone.parameters()]
+    whole = [whole_numel(one) for one in engine.model.backbone.parameters()]
     return Trained(steps, generator, answers, held, sum(-(-size // collective.world_size) for size in whole))
 
 
 def held_by(engine: Engine) -> int:
-    return engine.held_elements() if isinstance(engine, ZeroEngine) else 0
+    return held_elements(engine.model.backbone) if isinstance(engine, ZeroEngine) else 0
 
 
 ACCUMULATED = {"training": {"micro_batch_size": 2}}  # two micro-batches on each of two ranks

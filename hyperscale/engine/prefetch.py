@@ -1,58 +1,56 @@
-"""Whole parts ahead: while one block is at work DeepSpeed fetches the next, and never a piece of one.
+"""Fetch whole parts ahead: while one block runs, DeepSpeed fetches the next one, and never a piece of one.
 
-DeepSpeed fetches ahead by size alone, the same for all. Where blocks are of unlike size, or a norm comes before one,
-the size ends inside a block, which then arrives in two gathers. It stays DeepSpeed's prefetch, with its streams and its
-limit; only the size is set anew before each fetch, so that it ends where a part does.
+DeepSpeed fetches ahead by size alone, and the size is the same for all blocks. Where blocks differ in size, or a norm
+comes before one, the size ends inside a block, which then arrives in two gathers. This module changes only the size,
+before each fetch, so that it ends where a part does; streams and limits stay DeepSpeed's.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 
-_PRIVATE = "_PartitionedParameterCoordinator__"
+from hyperscale.engine.deepspeed_names import (
+    Coordinator,
+    DeepSpeedEngine,
+    is_away,
+    set_prefetch_sizes,
+    upcoming,
+    whole_shape_of,
+)
 
 
-def prefetch_whole_parts(coordinator: Any) -> None:
-    """Let DeepSpeed's coordinator fetch one part ahead: the next module with a matrix, and the norms before it.
+def prefetch_whole_parts(engine: DeepSpeedEngine) -> None:
+    """Let DeepSpeed fetch one part ahead: the next module with a matrix, and the norms before it.
 
-    Counted in tests/test_gathers.py: a block comes whole, once a pass. There is no public way to do it; DeepSpeed's
-    private names are the same in 0.19.4 and 0.19.8.
+    Counted in tests/test_gathers.py: a block arrives whole, once a pass.
     """
-    fetch: Callable[..., None] = coordinator.fetch_sub_module
-
-    def run(module: nn.Module, forward: bool) -> None:
-        # Containers and norms fetch nothing ahead: the part after them is on its way since the one before them.
-        is_part = any(_is_matrix(one) for one in module.parameters(recurse=z3_leaf_module(module)))
-        setattr(coordinator, f"{_PRIVATE}prefetch_bucket_sz", _next_numel(coordinator) if is_part else 0)
-        fetch(module, forward)
-
-    coordinator.fetch_sub_module = run
+    set_prefetch_sizes(engine, _size_ahead)
 
 
-def _next_numel(coordinator: Any) -> int:
-    """Return the elements that lack from the module at work to the end of the next part; 0 while no order is known.
+def _size_ahead(module: nn.Module, coordinator: Coordinator) -> int:
+    """Return the elements to fetch ahead of a module: none for containers and norms.
 
-    A part that is gathered counts as the next one all the same: the head is asked for twice in a row, and fetching the
-    last block in between would have it lie beside the logits.
+    The part after them is on its way since the part before them.
     """
-    now: int = getattr(coordinator, f"{_PRIVATE}step_id")
-    queue: Any = getattr(coordinator, f"{_PRIVATE}param_queue") or ()
+    is_part = any(_is_matrix(one) for one in module.parameters(recurse=z3_leaf_module(module)))
+    return _missing_numel(coordinator) if is_part else 0
+
+
+def _missing_numel(coordinator: Coordinator) -> int:
+    """Return how many elements are still missing between the current module and the end of the next part.
+
+    0 while DeepSpeed has not learnt the order. A part that is gathered still counts as the next one: the head is asked
+    for twice in a row, and if the last block were fetched in between, it would lie beside the logits.
+    """
     numel, part = 0, None
-    for entry in queue:
-        step, parameter = entry.step_id_last_used_at, entry.param
-        if step <= now:
-            continue
+    for step, parameter in upcoming(coordinator):
         if part is not None and step != part:
             break
         if _is_matrix(parameter):
             part = step
-        if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE:
-            numel += parameter.ds_numel
+        if is_away(parameter):
+            numel += whole_shape_of(parameter).numel()
     return numel
 
 
-def _is_matrix(parameter: Any) -> bool:
-    return len(parameter.ds_shape) > 1
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return len(whole_shape_of(parameter)) > 1

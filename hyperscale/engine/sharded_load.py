@@ -12,11 +12,13 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
+from hyperscale.engine.deepspeed_names import convert, cut_second_shards, shard_of, shard_start
 from hyperscale.engine.shared_shards import ShardFile
 from hyperscale.engine.slices import SliceReader, StoredTensor, index_tensors, slice_reader
 from hyperscale.errors import BackboneError
 from hyperscale.model.backbone import BackboneFolder
 from hyperscale.model.quantized import SCALE, quantize
+from hyperscale.model.shapes import record_whole_shape
 
 _ROWS_BYTES = 16 * 1024 * 1024
 """Of rows that are quantized at once, in fp32."""
@@ -40,23 +42,22 @@ def load_sharded(
     stored = index_tensors(folder.files)
     sources = [(names, _source(names, parameter, stored, folder)) for parameter, names in _names(backbone)]
     partitioner = Init(config_dict_or_path=dict(ds_config), enabled=False)
-    regather = int(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1
+    keeps_second_shards = int(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1
     dtype = next(one.dtype for one in backbone.parameters() if one.is_floating_point())
     with slice_reader() as reader:
         for names, source in sources:
             parameter = _partition_empty(partitioner, backbone, names, device)
             if file is not None:
                 file.take(parameter)
-            share = parameter.ds_tensor
+            share = shard_of(parameter)
             share.zero_()
-            start = parameter.ds_zero_partition_rank * share.numel()
+            start = shard_start(parameter)
             if isinstance(source, StoredTensor):
                 reader.read_into(share, source, start)
             else:
                 source.fill(share, start, reader, dtype)
-            if regather:  # the secondary shards within a node are cut from the whole tensor
-                parameter.all_gather([parameter])
-                parameter.partition([parameter], has_been_updated=True)
+            if keeps_second_shards:
+                cut_second_shards(parameter)
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,18 @@ def _find(
     return stored[name]
 
 
-def _partition_empty(partitioner: Init, backbone: nn.Module, names: list[str], device: torch.device) -> Any:
+def _partition_empty(partitioner: Init, backbone: nn.Module, names: list[str], device: torch.device) -> nn.Parameter:
     """Put an empty partitioned parameter in place of a meta one under all its names, without any communication.
 
-    DeepSpeed's public ways fill the whole tensor on rank 0 and broadcast it. These are the two calls that they make
-    around the broadcast; the uninitialised storage is never touched beyond this rank's share, so it costs no memory
+    DeepSpeed's public ways fill the whole tensor on rank 0 and broadcast it. `convert` makes the two calls around the
+    broadcast; the uninitialised storage is never touched beyond this rank's share, so it costs no memory
     on Linux.
     """
     meta = backbone.get_parameter(names[0])
-    parameter: Any = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device), requires_grad=False)
     for name in names:
         owner, _, key = name.rpartition(".")
         backbone.get_submodule(owner).register_parameter(key, parameter)
-    partitioner._convert_to_deepspeed_param(parameter)
-    parameter.partition()
+    record_whole_shape(parameter, meta.shape)
+    convert(partitioner, parameter)
     return parameter

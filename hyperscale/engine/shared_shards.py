@@ -15,10 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from hyperscale.engine.collective import Collective
+from hyperscale.engine.deepspeed_names import (
+    gather_with,
+    is_plain,
+    key_of,
+    mark_arriving,
+    mark_gathered,
+    shard_of,
+    whole_shape_of,
+)
 from hyperscale.engine.ds_config import shares_shards
 from hyperscale.engine.host_memory import return_freed_memory
 
@@ -36,18 +44,18 @@ class ShardFile:
         )
         self.size = max(1, sum(map(_aligned, bytes_each)))
         self.offsets: dict[int, int] = {}
-        """ds_id of a parameter -> first byte of its shard; the same on every rank, since shards have equal sizes."""
+        """Number of a parameter -> first byte of its shard; the same on every rank, since shards have equal sizes."""
         self.descriptor = os.memfd_create("hyperscale-shards")
         os.ftruncate(self.descriptor, self.size)
         self._mapped = mmap.mmap(self.descriptor, self.size)
         self._end = 0
         weakref.finalize(self, os.close, self.descriptor)
 
-    def take(self, parameter: Any) -> None:
+    def take(self, parameter: nn.Parameter) -> None:
         """Give a partitioned parameter's shard a place in the file, if it is an ordinary one; what it held is lost."""
-        share = parameter.ds_tensor
-        if _is_plain(parameter):
-            self.offsets[parameter.ds_id] = self._end
+        share = shard_of(parameter)
+        if is_plain(parameter):
+            self.offsets[key_of(parameter)] = self._end
             share.data = torch.frombuffer(self._mapped, dtype=share.dtype, count=share.numel(), offset=self._end)
             self._end += _aligned(share.numel() * share.element_size())
             # The C library would keep what each shard lay in: 880 MiB a rank after loading 1.1B parameters on 2 ranks.
@@ -62,7 +70,7 @@ def share_shards(backbone: nn.Module, own: ShardFile, collective: Collective) ->
         containers that do not see each other's processes, or where shards are not in their files: offloaded, quantized
         or kept twice (hpZ). Then DeepSpeed's own gathers stay.
     """
-    parameters: list[Any] = list(backbone.parameters())
+    parameters = list(backbone.parameters())
     if collective.world_size == 1 or collective.anyone(not shares_shards() or len(own.offsets) < len(parameters)):
         return False
     places = collective.gather((_machine(), os.getpid(), own.descriptor))
@@ -70,25 +78,12 @@ def share_shards(backbone: nn.Module, own: ShardFile, collective: Collective) ->
     if collective.anyone(len(others) + 1 < collective.world_size):
         _close(others)
         return False
-    gather = _SharedGather(own, others, collective.rank)
-    for parameter in parameters:
-        parameter.all_gather_coalesced = gather
+    gather_with(parameters, _SharedGather(own, others, collective.rank))
     return True
 
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _is_plain(parameter: Any) -> bool:
-    share = parameter.ds_tensor
-    return bool(
-        not parameter.requires_grad
-        and share.device.type == parameter.device.type == "cpu"
-        and share.final_location is None
-        and parameter.ds_secondary_tensor is None
-        and not hasattr(share, "ds_quant_scale")
-    )
 
 
 def _machine() -> tuple[str, str]:
@@ -125,37 +120,37 @@ class _Done:
     Only the first time counts, since a parameter may have been let go before the coordinator asks for the last.
     """
 
-    def __init__(self, parameters: Sequence[Any]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._waiting = parameters
 
     def wait(self, **_options: Any) -> None:
         for parameter in self._waiting:
-            parameter.ds_status = ZeroParamStatus.AVAILABLE
+            mark_gathered(parameter)
         self._waiting = ()
 
 
 class _SharedGather:
-    """Stands in for the `all_gather_coalesced` of DeepSpeed's parameters; the others' files close when it goes."""
+    """Replaces DeepSpeed's gather; the other ranks' files close when it is deleted."""
 
     def __init__(self, own: ShardFile, others: Sequence[int], rank: int) -> None:
         self._own = own
         self._files = [*others[:rank], own.descriptor, *others[rank:]]
         weakref.finalize(self, _close, others)
 
-    def __call__(self, params: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> _Done:
+    def __call__(self, params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> _Done:
         parameters = list(params)
         for parameter in parameters:
-            parameter.ds_status = ZeroParamStatus.INFLIGHT
+            mark_arriving(parameter)
             parameter.data = self._read(parameter)
         return _Done(parameters)
 
-    def _read(self, parameter: Any) -> Tensor:
-        whole = torch.empty(parameter.ds_shape, dtype=parameter.dtype)
+    def _read(self, parameter: nn.Parameter) -> Tensor:
+        whole = torch.empty(whole_shape_of(parameter), dtype=parameter.dtype)
         bytes_left = memoryview(whole.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        share_bytes = parameter.ds_tensor.numel() * whole.element_size()
+        share_bytes = shard_of(parameter).numel() * whole.element_size()
         for file in self._files:
             part, bytes_left = bytes_left[:share_bytes], bytes_left[share_bytes:]
-            _read_into(part, file, self._own.offsets[parameter.ds_id])
+            _read_into(part, file, self._own.offsets[key_of(parameter)])
         return whole
 
 

@@ -9,11 +9,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -21,6 +19,15 @@ from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.engine.base import StepResult
 from hyperscale.engine.collective import Collective, TorchCollective
+from hyperscale.engine.deepspeed_names import (
+    DeepSpeedEngine,
+    check_engine,
+    check_version,
+    hold,
+    leave_shared_memory_reduce_unbuilt,
+    release,
+    remove_hooks,
+)
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
 from hyperscale.engine.frozen_linear import forget_linear_inputs
 from hyperscale.engine.host_memory import map_large_tensors, return_freed_memory
@@ -34,15 +41,10 @@ from hyperscale.model.architectures import Architecture
 from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
 from hyperscale.planning.parts import Part
 
-_RESIDENT_MARKER = -1
-"""Stands among the modules that use a resident parameter: DeepSpeed releases none that is in use. Its own flag
-`ds_persist` holds only while the order of modules is known: each evaluation and the step after it would gather all
-again."""
-
 
 def shard_backbone(
     folder: BackboneFolder, recipe: Recipe, device: torch.device, world_size: int
-) -> tuple[nn.Module, Any]:
+) -> tuple[nn.Module, DeepSpeedEngine]:
     """Build and load this rank's share of a backbone; torch.distributed must be up, and every rank must call this.
 
     Returns:
@@ -52,6 +54,7 @@ def shard_backbone(
         EngineError: the DeepSpeed JSON contradicts the recipe.
         BackboneError: a tensor is missing or has another shape.
     """
+    check_version()
     _quiet_deepspeed()
     if keeps_host_memory_small(recipe, device):
         map_large_tensors()
@@ -64,9 +67,10 @@ def shard_backbone(
     file = ShardFile(backbone, world_size) if device.type == "cpu" else None
     load_sharded(backbone, folder, config, device, file)
     set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
-    engine, *_ = deepspeed.initialize(model=backbone, config=config)
+    engine: DeepSpeedEngine = deepspeed.initialize(model=backbone, config=config)[0]
+    check_engine(engine)
     if raw.get("zero_optimization", {}).get("stage3_prefetch_bucket_size", "auto") == "auto":
-        prefetch_whole_parts(engine.optimizer.get_param_coordinator())
+        prefetch_whole_parts(engine)
     forget_linear_inputs(backbone)
     if file is not None:
         share_shards(backbone, file, TorchCollective(device))
@@ -97,15 +101,16 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _quiet_deepspeed() -> None:
-    """Keep DeepSpeed's start-up chatter below WARNING, and its shared-memory all-reduce unbuilt.
-
-    That CPU extension takes 40-110 s to compile at first use and serves reductions only; ours is one a step, through
-    gloo.
-    """
+    """Keep DeepSpeed's start-up messages below WARNING, and one warning of torch's that its users cannot act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls a collective by a name that torch 2.13 is about to drop; its users can do nothing about it.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls a collective by the name that torch 2.13 deprecates, at every gather of a run.
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.all_gather_into_tensor` is deprecated",
+        category=FutureWarning,
+        module=r"(torch\.distributed|deepspeed\.comm)\.",
+    )
+    leave_shared_memory_reduce_unbuilt()
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class ZeroEngine:
     """Runs `TrainingStep` over a partitioned backbone; keeps the resident parts gathered and lets go of the others."""
 
     step: TrainingStep
-    deepspeed_engine: Any
+    deepspeed_engine: DeepSpeedEngine
     parts: tuple[Part, ...]
     resident: frozenset[str]
     """Names of the parts that stay gathered; the same on every rank."""
@@ -123,10 +128,10 @@ class ZeroEngine:
     def __post_init__(self) -> None:
         for part in self.parts:
             if part.name in self.resident:
-                _hold(list(self.model.backbone.get_submodule(part.name).parameters()))
+                hold(list(self.model.backbone.get_submodule(part.name).parameters()))
         if len(self.resident) == len(self.parts):
             # Nothing is left to fetch or to release: the hooks that would look for it cost a tenth of a step on CPUs.
-            self.deepspeed_engine.optimizer._remove_module_hooks()
+            remove_hooks(self.deepspeed_engine)
 
     @property
     def model(self) -> AdaptedModel:
@@ -159,35 +164,14 @@ class ZeroEngine:
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         load_tensors(self.step, tensors)
 
-    def held_elements(self) -> int:
-        """Return how many backbone elements this rank holds now: its shards, and whatever is gathered."""
-        held = 0
-        for parameter in self.model.backbone.parameters():
-            zero_parameter: Any = parameter
-            held += zero_parameter.ds_tensor.numel()
-            if zero_parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
-                held += zero_parameter.ds_numel
-        return held
-
     def _release(self) -> None:
         """Partition what is still gathered and not resident.
 
         The first block's input needs no gradient, so its post-backward hook never fires and DeepSpeed would keep it
         gathered; with checkpointing the embedding likewise.
         """
-        coordinator = self.deepspeed_engine.optimizer.get_param_coordinator()
         for part in self.parts:
             if part.name not in self.resident:
-                coordinator.release_and_reset_all(self.model.backbone.get_submodule(part.name))
+                release(self.deepspeed_engine, self.model.backbone.get_submodule(part.name))
         if self.returns_memory:
             return_freed_memory()
-
-
-def _hold(parameters: list[Any]) -> None:
-    """Gather parameters for good; every rank must call this."""
-    away = [one for one in parameters if one.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-    if away:
-        away[0].all_gather_coalesced(away).wait()
-    for one in parameters:
-        one.ds_active_sub_modules.add(_RESIDENT_MARKER)
-        one.ds_persist = True

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from hyperscale.checkpoint.run_folder import claim
 from hyperscale.config.run import Recipe
@@ -77,7 +76,8 @@ def process_group(recipe: Recipe) -> Iterator[None]:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     backend = "nccl" if recipe.cluster.gpus_per_worker and torch.cuda.is_available() else "gloo"
     timeout = timedelta(minutes=recipe.engine.communication_timeout_minutes)
-    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's annotations hide it
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:
         yield
     finally:

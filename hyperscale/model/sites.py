@@ -12,6 +12,7 @@ from torch import nn
 from hyperscale.errors import ConfigError, nearest
 from hyperscale.model.adapters.kinds import AdapterKind, Place
 from hyperscale.model.architectures import Architecture, Stack
+from hyperscale.model.shapes import whole_shape
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,7 @@ def _sizes(present: Mapping[str, nn.Module], path: str, stack: Stack, place: Pla
 
 
 def _norm_width(norm: nn.Module) -> int:
-    weight: Any = norm.weight
-    return int(getattr(weight, "ds_shape", weight.shape)[0])  # partitioned, its own shape is that of nothing
+    return whole_shape(norm.get_parameter("weight"))[0]
 
 
 def _check_targets(found: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:

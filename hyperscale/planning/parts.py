@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hyperscale.model.architectures import Architecture
+from hyperscale.model.shapes import whole_numel
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,8 @@ class Part:
     def nbytes(self) -> int:
         return sum(numel * size for numel, size in zip(self.numels, self.itemsizes, strict=True))
 
-    def shard_numel(self, world_size: int) -> int:
-        """Return the elements of one rank's share: each parameter is padded to a multiple of the ranks."""
-        return sum(-(-numel // world_size) for numel in self.numels)
-
     def shard_bytes(self, world_size: int) -> int:
-        """Return the bytes of one rank's share."""
+        """Return the bytes of one rank's shard: each parameter is padded to a multiple of the ranks."""
         return sum(-(-numel // world_size) * size for numel, size in zip(self.numels, self.itemsizes, strict=True))
 
 
@@ -61,7 +58,7 @@ def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, .
             tied = isinstance(module, nn.Embedding) and head.weight is module.weight
             gathers = 3 if tied else 1 if isinstance(module, nn.Embedding) else 2
             sizes = tuple(one.element_size() for one in own)
-            found.append(Part(name, tuple(_numel(one) for one in own), sizes, gathers, name in blocks))
+            found.append(Part(name, tuple(map(whole_numel, own)), sizes, gathers, name in blocks))
     return tuple(found)
 
 
@@ -83,7 +80,3 @@ def choose_resident(parts: Sequence[Part], budget: float) -> frozenset[str]:
 
 def _is_small(part: Part) -> bool:
     return len(part.numels) == 1 and not part.is_block and part.numel < 2**16
-
-
-def _numel(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -14,6 +14,7 @@ from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.model.generators.generator import num_parameters
+from hyperscale.model.shapes import whole_numel
 from hyperscale.run.context import RunResult, WorkerContext, write_result
 from hyperscale.run.predictions import write_predictions
 from hyperscale.terminal.progress import ProgressSender
@@ -191,6 +192,4 @@ def _train_loader(session: Session) -> TrainLoader:
 
 
 def _backbone_parameters(engine: Engine) -> int:
-    return sum(
-        int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in engine.model.backbone.parameters()
-    )
+    return sum(whole_numel(parameter) for parameter in engine.model.backbone.parameters())

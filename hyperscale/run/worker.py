@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ from hyperscale.tracking.jsonl import JsonlTracker
 from hyperscale.tracking.provenance import package_versions
 from hyperscale.training.callbacks import Callback, EvaluationRecord, RunOutcome
 from hyperscale.training.evaluation import majority_record, split_of
+
+if TYPE_CHECKING:
+    from hyperscale.engine.deepspeed_names import DeepSpeedEngine
 
 _logger = get_logger(__name__)
 
@@ -151,9 +154,10 @@ def build_engine(
     Raises:
         BackboneError, EngineError, ConfigError: as the recipe and the backbone's folder deserve.
     """
-    deepspeed_engine: Any = None
+    deepspeed_engine: DeepSpeedEngine | None = None
     backbone: nn.Module
     if recipe.engine.kind == "zero":
+        from hyperscale.engine.deepspeed_names import release_all
         from hyperscale.engine.residency import agree_on_resident
         from hyperscale.engine.zero import ZeroEngine, shard_backbone
 
@@ -169,7 +173,7 @@ def build_engine(
         ids, mask = descriptions.input_ids.to(device), descriptions.attention_mask.to(device)
         features = text_features(backbone, folder.architecture, ids, mask)
         if deepspeed_engine is not None:
-            deepspeed_engine.optimizer.partition_all_parameters()
+            release_all(deepspeed_engine)
     generator = blueprint.build_generator(recipe.adaptation, num_tasks, recipe.seed, features).to(device)
     model = blueprint.adapt(backbone, generator, generates_site_by_site(recipe, blueprint.site_map, blueprint.kinds))
     start = recipe.start

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from hyperscale.engine.deepspeed_names import is_away
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -53,3 +55,10 @@ def _received_bytes(parameter: Any) -> int:
     if parameter.ds_secondary_tensor is not None:
         share, ranks = parameter.ds_secondary_tensor, parameter.ds_secondary_tensor_group_size
     return (int(ranks) - 1) * int(share.ds_numel) * int(share.element_size())
+
+
+def held_elements(backbone: nn.Module) -> int:
+    """Return how many backbone elements this rank holds now: its shards, and whatever is gathered."""
+    parameters: list[Any] = list(backbone.parameters())
+    shards = sum(one.ds_tensor.numel() for one in parameters)
+    return shards + sum(one.ds_numel for one in parameters if not is_away(one))
