@@ -6,10 +6,11 @@ answer (`Sentiment:` + ` positive`), as most vocabularies hold words with their 
 space themselves (SentencePiece) get none from us, and neither do answers after a chat template's header.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import cast
+from typing import cast, overload
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,9 @@ from hyperscale.logger import get_logger
 _logger = get_logger(__name__)
 
 TokenIds = tuple[int, ...]
+
+_CHUNK = 10_000
+"""Rows that are encoded at once. Meanwhile their ids are lists of Python integers, which take far more than arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +47,54 @@ class Encoded:
         return len(self.source_ids) + len(self.target_ids)
 
 
+class EncodedRows(Sequence[Encoded]):
+    """Encoded examples in two arrays, 4 bytes a token; a row becomes an `Encoded` when it is asked for."""
+
+    def __init__(self, rows: Iterable[Encoded] = ()) -> None:
+        self._ids = array("i")
+        self._ends = array("q", [0])
+        """Where each row's source and target end, in turn, after a first 0."""
+        self._candidates: list[tuple[TokenIds, ...]] = []
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Encoded) -> None:
+        for ids in (row.source_ids, row.target_ids):
+            self._ids.extend(ids)
+            self._ends.append(len(self._ids))
+        self._candidates.append(row.candidate_ids)
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    @overload
+    def __getitem__(self, row: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, row: slice) -> "EncodedRows": ...
+    def __getitem__(self, row: int | slice) -> "Encoded | EncodedRows":
+        if isinstance(row, slice):
+            return EncodedRows(self[number] for number in range(*row.indices(len(self))))
+        place = range(len(self))[row]
+        start, middle, end = self._ends[2 * place : 2 * place + 3]
+        return Encoded(tuple(self._ids[start:middle]), tuple(self._ids[middle:end]), self._candidates[place])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Each row's `Encoded.num_tokens`."""
+        return [end - start for start, end in zip(self._ends[:-1:2], self._ends[2::2], strict=True)]
+
+
 @dataclass(frozen=True)
 class EncodedSplit:
     """The examples of one split that are within the token limits, and their ids, in the same order."""
 
     examples: tuple[Example, ...]
-    encoded: tuple[Encoded, ...]
+    encoded: Sequence[Encoded]
     dropped: int
     """Examples left out: no prompt at all, beyond a limit, or with more words than there are sentinels."""
 
@@ -67,19 +113,21 @@ class TaskTokenizer:
         Raises:
             DataError: an example is too long under `too_long: error`, or no example is left.
         """
-        sources = self.encode_prompts([example.source for example in examples])
         answers = list(dict.fromkeys(example.target for example in examples))
         target_ids = dict(zip(answers, self.encode_answers(answers), strict=True))
         labels = list(dict.fromkeys(example.candidates for example in examples))
         candidate_ids = {candidates: self.encode_candidates(candidates) for candidates in labels}
         kept: list[Example] = []
-        encoded: list[Encoded] = []
-        for example, source in zip(examples, sources, strict=True):
-            target = target_ids[example.target]
-            fitting = self._fit(example, source, target, settings)
-            if fitting is not None:
-                kept.append(example)
-                encoded.append(Encoded(fitting, target, candidate_ids[example.candidates]))
+        encoded = EncodedRows()
+        for first in range(0, len(examples), _CHUNK):
+            chunk = examples[first : first + _CHUNK]
+            sources = self.encode_prompts([example.source for example in chunk])
+            for example, source in zip(chunk, sources, strict=True):
+                target = target_ids[example.target]
+                fitting = self._fit(example, source, target, settings)
+                if fitting is not None:
+                    kept.append(example)
+                    encoded.append(Encoded(fitting, target, candidate_ids[example.candidates]))
         self._warn_of_answers_that_end_early(encoded)
         dropped = len(examples) - len(kept)
         limits = f"{settings.max_source_tokens} source and {settings.max_target_tokens} target tokens"
@@ -94,7 +142,7 @@ class TaskTokenizer:
             _logger.warning(
                 "task %s: %d of %d rows left out, beyond %s", self.task.name, dropped, len(examples), limits
             )
-        return EncodedSplit(tuple(kept), tuple(encoded), dropped)
+        return EncodedSplit(tuple(kept), encoded, dropped)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TokenIds]:
         """Encode prompts as training, scoring and generation all see them.
