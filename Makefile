@@ -1,9 +1,9 @@
-# Everything a newcomer types. Each target first brings .venv up to date: stamp files follow pyproject.toml and constraints.txt.
+# The commands of a newcomer. Each target first updates .venv when pyproject.toml or constraints.txt has changed.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# The suite starts pairs of ranks of its own: threads beyond one a process only take the other's core.
+# Tests start pairs of ranks: a second thread in one process would take the core of the other.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -19,17 +19,17 @@ demo: .venv/.runtime ## train several real tasks on two ZeRO-3 workers under Ray
 test: .venv/.dev ## every test but those marked `long`
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
-test-long: .venv/.dev ## the tests marked `long`, longest-waiting first, for at most HYPERSCALE_LONG_MINUTES (55)
+test-long: .venv/.dev ## the tests marked `long`, least recently run first, for at most HYPERSCALE_LONG_MINUTES (55)
 	$(BIN)/python tests/long_run.py
 
-check: .venv/.dev ## lint, format, types, layers, spelling
+check: .venv/.dev ## check style, format, types, layers of imports, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell
 
-fmt: .venv/.dev ## format and mend what the linter can
+fmt: .venv/.dev ## format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -1,4 +1,4 @@
-"""What CPUs cannot show: bf16 on a CUDA device, stage by stage, each within minutes.
+"""Measurements that need a GPU: bf16 on a CUDA device, stage by stage, each within minutes.
 
     python -m benchmarks.gpu --stage step-llama-8b --output results
 
@@ -81,13 +81,13 @@ def run_case(case: Case, scratch: Path) -> Case:
     start = time.monotonic()
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=CASE_SECONDS)
-        said = (ended.stderr or ended.stdout).strip().splitlines()[-3:]
+        last_lines = (ended.stderr or ended.stdout).strip().splitlines()[-3:]
     except subprocess.TimeoutExpired:
-        said = [f"not done after {CASE_SECONDS} s"]
+        last_lines = [f"not done after {CASE_SECONDS} s"]
     if answer.exists():
         found: Case = json.loads(answer.read_text(encoding="utf-8"))
     else:
-        found = {"failed": " / ".join(said)}
+        found = {"failed": " / ".join(last_lines)}
     return {**case, **found, "wall_seconds": round(time.monotonic() - start, 1)}
 
 

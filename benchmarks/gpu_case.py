@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed import HashStore
 
 from benchmarks import gpu_peer
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.base import Engine
@@ -41,23 +42,8 @@ LLAMA: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 512,
     },
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-    },
+    "llama-1b": LLAMA_1B,
+    "llama-8b": {**LLAMA_8B, "rope_theta": 500000.0},
 }
 T5: dict[str, dict[str, Any]] = {
     "t5-tiny": {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 512},

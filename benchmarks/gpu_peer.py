@@ -35,7 +35,7 @@ def load(backbone: Path, model_class: str) -> Any:
     return model
 
 
-class _Watch(TrainerCallback):
+class _StepTimer(TrainerCallback):
     def __init__(self, warm_up: int) -> None:
         self.seconds: list[float] = []
         self._warm_up = warm_up
@@ -54,8 +54,8 @@ class _Watch(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-class _Given(Trainer):
-    """A Trainer that takes its batches as they are."""
+class _TrainerOnBatches(Trainer):
+    """A Trainer that uses the batches it receives, uncollated."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.train_dataset, batch_size=None)  # type: ignore[arg-type]
@@ -100,14 +100,14 @@ def step_seconds(
             "attention_mask": batch.attention_mask,
             "labels": batch.labels,
         }
-        watch = _Watch(warm_up)
+        watch = _StepTimer(warm_up)
         data: Any = [inputs] * (warm_up + measured)
-        _Given(model=model, args=arguments, train_dataset=data, callbacks=[watch]).train()
+        _TrainerOnBatches(model=model, args=arguments, train_dataset=data, callbacks=[watch]).train()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return statistics.median(watch.seconds[warm_up:]), peak
 
 
 def _alone() -> None:
-    """Be a group of one."""
+    """Describe a process group of one rank in the environment."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")

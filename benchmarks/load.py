@@ -22,6 +22,7 @@ import torch.distributed as dist
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import write_report
+from benchmarks.shapes import LLAMA_1B
 from hyperscale.config.run import Recipe
 from hyperscale.model.backbone import open_backbone
 
@@ -32,16 +33,7 @@ MIB = 2**20
 
 def make_backbone(folder: Path) -> None:
     """Save the model, with random weights."""
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
+    config = LlamaConfig(**LLAMA_1B, dtype="bfloat16")
     torch.set_default_dtype(torch.bfloat16)
     model = LlamaForCausalLM(config)
     model.generation_config = GenerationConfig.from_model_config(config)

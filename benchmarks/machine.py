@@ -1,4 +1,4 @@
-"""What every result says of where it comes from."""
+"""Provenance of every result: hardware and versions."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def resident_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
 
 
 def forget_peak() -> None:
-    """Let the highest resident set begin anew."""
+    """Reset the peak of the resident set."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 

@@ -1,4 +1,4 @@
-"""Is the plan right: the predicted peak of a rank's memory against the one that Linux counted.
+"""Checks the memory plan: the predicted peak of a rank's memory against the one that Linux counted.
 
 Every configuration runs in a process group of its own: 2 gloo ranks of one thread, random weights, LoRA r = 8 on q and
 v from the hypernetwork, two steps of the longest batch. The peak is that of the resident set (VmHWM) above what

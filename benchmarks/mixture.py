@@ -23,7 +23,7 @@ from hyperscale.model.weights import as_leaves, backward, tensors_of
 from hyperscale.run.worker import build_engine
 
 ROUNDS = 9
-LEARNING = 2
+WARM_UP_STEPS = 2
 ROWS = {
     # row -> known tasks, tasks in the batch
     "1 task of 8": (8, 1),
@@ -42,7 +42,7 @@ def measure(dtype: str) -> dict[str, Any]:
         for known in {known for known, _ in ROWS.values()}
     }
     gradients = [torch.ones_like(tensor) for tensor in tensors_of(engines[8].model.generate(torch.arange(8)))]
-    steps = [batches[0] for batches in batches_of(recipe, 0, LEARNING + ROUNDS)]
+    steps = [batches[0] for batches in batches_of(recipe, 0, WARM_UP_STEPS + ROUNDS)]
     found: dict[str, Any] = {row: {"seconds": [], "processor": []} for row in ROWS}
     found["generation"] = {"seconds": [], "processor": []}
     for number, batch in enumerate(steps):
@@ -91,7 +91,7 @@ def difference(engine: Engine, batch: Batch) -> float:
 def _timed(figures: dict[str, list[float]], number: int, run: Any) -> None:
     start, processor = time.perf_counter(), time.process_time()
     run()
-    if number >= LEARNING:
+    if number >= WARM_UP_STEPS:
         figures["seconds"].append(time.perf_counter() - start)
         figures["processor"].append(time.process_time() - processor)
 
@@ -105,10 +105,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         against["generation"] = (rows["generation"]["processor"], eight)
         for row in (*ROWS, "generation"):
             seconds, processor = (statistics.median(rows[row][key]) for key in ("seconds", "processor"))
-            told = ""
+            quotient = ""
             if row in against:
-                told = f"{statistics.median(a / b for a, b in zip(*against[row], strict=True)):.3f}"
-            lines.append(f"{dtype:<9} {row:<18} {seconds:>7.3f} {processor:>7.3f} {told:>8}")
+                quotient = f"{statistics.median(a / b for a, b in zip(*against[row], strict=True)):.3f}"
+            lines.append(f"{dtype:<9} {row:<18} {seconds:>7.3f} {processor:>7.3f} {quotient:>8}")
         lines.append(f"{dtype:<9} largest difference from a batch of one task, relative: {rows['difference']:.1e}")
     lines.append("goals: 8 tasks over 1 task 1.10, 1,024 known over 8 known 1.02, generation over the step 0.03")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from hyperscale.model.backbone import open_backbone
 from hyperscale.run.worker import build_engine
 
 ROUNDS = 7
-LEARNING = 2
+WARM_UP_STEPS = 2
 SHOWN = 12
 DTYPES = ("bfloat16", "float32")
 
@@ -32,7 +32,7 @@ def measure(dtype: str) -> dict[str, Any]:
     """Return processor seconds of steps and of their floors, the rate of the products, and operators by their share."""
     recipe, device = recipe_of(dtype, 1, "engine.kind=local", "training.batch_size=8"), torch.device("cpu")
     engine = build_engine(recipe, open_backbone(recipe.backbone), SingleProcess(), device, 7)
-    batches = [step[0] for step in batches_of(recipe, 0, LEARNING + ROUNDS)]
+    batches = [step[0] for step in batches_of(recipe, 0, WARM_UP_STEPS + ROUNDS)]
     head: Any = engine.model.backbone.get_output_embeddings()  # type: ignore[operator]
     linears = [one for one in engine.model.backbone.modules() if isinstance(one, nn.Linear)]
     steps, floors, rates = [], [], []
@@ -43,12 +43,12 @@ def measure(dtype: str) -> dict[str, Any]:
         start = time.process_time()
         operations = sum(both_products(one, tokens_at(one is head, batch)) for one in linears)
         floor = time.process_time() - start
-        if number >= LEARNING:
+        if number >= WARM_UP_STEPS:
             steps.append(step)
             floors.append(floor)
             rates.append(operations / floor / 1e9)
     with profile(activities=[ProfilerActivity.CPU]) as watched:
-        for number, batch in enumerate(batches[LEARNING:]):
+        for number, batch in enumerate(batches[WARM_UP_STEPS:]):
             engine.train_step([batch], number)
     events = sorted(watched.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)

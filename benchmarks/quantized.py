@@ -22,7 +22,7 @@ from hyperscale.run.worker import build_engine
 
 WAYS = ("none", "int8")
 DTYPES = ("bfloat16", "float32")
-STEPS, LEARNING = 8, 2
+STEPS, WARM_UP_STEPS = 8, 2
 MIB = 2**20
 
 
@@ -46,7 +46,7 @@ def measure(dtype: str, quantization: str) -> dict[str, Any]:
     return {
         "held": held,
         "peak": resident_bytes("VmHWM") - before,
-        "seconds": statistics.median(seconds[LEARNING:]),
+        "seconds": statistics.median(seconds[WARM_UP_STEPS:]),
         "loss": statistics.fmean(losses),
     }
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B
 from hyperscale.config.run import Recipe
 from hyperscale.config.sizes import parse_size
 from hyperscale.model.backbone import open_shapes
@@ -26,16 +27,7 @@ BANDWIDTH = {True: 300e9, False: 40e9}
 """Bytes a second one GPU receives: inside a node over NVLink (two thirds of 450e9), between nodes over 400 Gbit/s."""
 GPUS_A_NODE = 8
 SHAPES: Mapping[str, dict[str, Any]] = {
-    "LLaMA-3 8B": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+    "LLaMA-3 8B": {"model_type": "llama", **LLAMA_8B},
     "T5-11B": {
         "model_type": "t5",
         "d_model": 1024,
@@ -48,16 +40,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
         "feed_forward_proj": "relu",
         "decoder_start_token_id": 0,
     },
-    "LLaMA-3 70B": {
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+    "LLaMA-3 70B": {"model_type": "llama", **LLAMA_70B},
 }
 """Published configurations (arXiv 2407.21783, table 3; arXiv 1910.10683, section 3.7)."""
 

@@ -16,8 +16,8 @@ from benchmarks.machine import write_report
 from benchmarks.turns import Group
 
 RANKS = 2
-LEARNING = 3
-"""First steps, not counted: DeepSpeed learns the order of modules in two."""
+WARM_UP_STEPS = 3
+"""First steps, not counted: DeepSpeed records the order of modules in two."""
 ROUNDS = 5
 SHORT_ROUNDS = 3
 DTYPES = ("bfloat16", "float32")
@@ -54,10 +54,10 @@ def measure(dtype: str, names: Sequence[str], folder: Path, rounds: int) -> Figu
     ]
     found: Figures = {}
     try:
-        for number in range(LEARNING + rounds):
+        for number in range(WARM_UP_STEPS + rounds):
             for group in groups:
                 for row, figures in group.turn(number).items():
-                    if number >= LEARNING:
+                    if number >= WARM_UP_STEPS:
                         for key, value in figures.items():
                             found.setdefault(row, {}).setdefault(key, []).append(value)
     finally:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.batches import batches_of, bucket, recipe_of
-from benchmarks.step import LEARNING, RANKS, ROUNDS
-from benchmarks.turns import Turns
+from benchmarks.step import RANKS, ROUNDS, WARM_UP_STEPS
+from benchmarks.turns import TurnFollower
 from hyperscale.engine.base import Engine
 from hyperscale.engine.collective import TorchCollective
 from hyperscale.model.adapted import AdaptedModel
@@ -67,28 +67,28 @@ def main() -> None:
         os.environ["HYPERSCALE_SHARED_SHARDS"] = str(int(is_shared))
         recipe = recipe_of(dtype, RANKS, *changes)
         engines[name] = build_engine(recipe, open_backbone(recipe.backbone), TorchCollective(device), device, 7)
-    steps = LEARNING + ROUNDS
+    steps = WARM_UP_STEPS + ROUNDS
     batches = {
         bucketed: batches_of(recipe_of(dtype, RANKS, bucket(bucketed)), rank, steps) for bucketed in (False, True)
     }
-    turns = Turns(folder)
+    turns = TurnFollower(folder)
     for number in range(steps):
         if rank == 0:
             turns.wait(number)
-        said = {}
+        figures = {}
         for row, (name, is_full, bucketed) in here.items():
             model = engines[name].model
             model.label_logits = types.MethodType(all_logits if is_full else AdaptedModel.label_logits, model)  # type: ignore[method-assign]
             dist.barrier()
             start, processor = time.perf_counter(), time.process_time()
             result = engines[name].train_step(batches[bucketed][number], number)
-            said[row] = {
+            figures[row] = {
                 "seconds": time.perf_counter() - start,
                 "processor": time.process_time() - processor,
                 "tokens": result.tokens,
             }
         if rank == 0:
-            turns.done(number, said)
+            turns.done(number, figures)
     dist.barrier()
 
 

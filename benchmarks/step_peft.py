@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.batches import batches_of, bucket, recipe_of
-from benchmarks.step import LEARNING, RANKS, ROUNDS
-from benchmarks.turns import Turns
+from benchmarks.step import RANKS, ROUNDS, WARM_UP_STEPS
+from benchmarks.turns import TurnFollower
 from hyperscale.data.collate import Batch
 from hyperscale.model.backbone import DTYPES, open_backbone
 
 
-class Watch(TrainerCallback):
-    """Waits for the go before a step and says how long it took."""
+class StepTimer(TrainerCallback):
+    """Waits for its turn before each step and reports how long the step took."""
 
     def __init__(self, folder: str, tokens: list[int]) -> None:
-        self._turns = Turns(folder)
+        self._turns = TurnFollower(folder)
         self._tokens = tokens
         self._start = (0.0, 0.0)
 
@@ -37,12 +37,12 @@ class Watch(TrainerCallback):
         seconds, processor = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
         if dist.get_rank() == 0:
             number = state.global_step - 1
-            said = {"seconds": seconds, "processor": processor, "tokens": self._tokens[number]}
-            self._turns.done(number, {sys.argv[1]: said})
+            figures = {"seconds": seconds, "processor": processor, "tokens": self._tokens[number]}
+            self._turns.done(number, {sys.argv[1]: figures})
 
 
-class Given(Trainer):
-    """A Trainer that takes its batches as they are."""
+class TrainerOnBatches(Trainer):
+    """A Trainer that uses the batches it receives, uncollated."""
 
     def __init__(self, batches: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(**options)
@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hyperscale-peft-") as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            max_steps=LEARNING + ROUNDS,
+            max_steps=WARM_UP_STEPS + ROUNDS,
             per_device_train_batch_size=recipe.training.micro_batch_size,
             learning_rate=recipe.training.optimizer.learning_rate,
             max_grad_norm=1.0,
@@ -117,10 +117,12 @@ def main() -> None:
         lora = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         # In fp32, PEFT's default, the adapters make DeepSpeed refuse a bf16 backbone.
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        steps = [batches_of(recipe, rank, LEARNING + ROUNDS) for rank in range(RANKS)]
+        steps = [batches_of(recipe, rank, WARM_UP_STEPS + ROUNDS) for rank in range(RANKS)]
         mine = [inputs_of(batch) for batches in steps[int(os.environ["RANK"])] for batch in batches]
-        tokens = [sum(rank[number][0].num_tokens for rank in steps) for number in range(LEARNING + ROUNDS)]
-        trainer = Given(mine, model=model, args=arguments, train_dataset=mine, callbacks=[Watch(folder, tokens)])
+        tokens = [sum(rank[number][0].num_tokens for rank in steps) for number in range(WARM_UP_STEPS + ROUNDS)]
+        trainer = TrainerOnBatches(
+            mine, model=model, args=arguments, train_dataset=mine, callbacks=[StepTimer(folder, tokens)]
+        )
         trainer.train()
 
 

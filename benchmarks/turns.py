@@ -1,4 +1,4 @@
-"""Process groups that take turns: each waits for its go, so that whatever else the machine does falls on all alike."""
+"""Process groups that take turns: each waits for its turn, so that other load on the machine affects all alike."""
 
 import json
 import os
@@ -14,7 +14,7 @@ START_SECONDS = 300.0
 
 
 class Group:
-    """Two or more ranks of one module under torchrun, driven from outside; rank 0 of them uses `Turns`."""
+    """Two or more ranks of one module under torchrun, driven from outside; rank 0 of them uses `TurnFollower`."""
 
     def __init__(self, name: str, ranks: int, module: str, arguments: Sequence[str], folder: Path) -> None:
         self.name = name
@@ -29,7 +29,7 @@ class Group:
             )
 
     def turn(self, number: int) -> Any:
-        """Let the group take turn `number` and return what rank 0 says of it."""
+        """Let the group take turn `number` and return the figures that rank 0 reports."""
         (self._folder / f"go-{number}").touch()
         done = self._folder / f"done-{number}"
         deadline = time.monotonic() + START_SECONDS
@@ -45,19 +45,19 @@ class Group:
         self._process.wait()
 
 
-class Turns:
-    """The group's side, on rank 0."""
+class TurnFollower:
+    """Rank 0's side of a `Group`: waits for turns and reports their figures."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
 
     def wait(self, number: int) -> None:
-        """Return at the go of turn `number`."""
+        """Return when turn `number` begins."""
         while not (self._folder / f"go-{number}").exists():
             time.sleep(_POLL_SECONDS)
 
-    def done(self, number: int, said: Mapping[str, Any]) -> None:
-        """Say how the turn went."""
+    def done(self, number: int, figures: Mapping[str, Any]) -> None:
+        """Report the figures of turn `number`."""
         part = self._folder / f"part-{number}"
-        part.write_text(json.dumps(said), encoding="utf-8")
+        part.write_text(json.dumps(figures), encoding="utf-8")
         part.rename(self._folder / f"done-{number}")
