@@ -18,6 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 import hyperscale
 from hyperscale.config.loading import load_recipe
 from hyperscale.config.run import Recipe
+from hyperscale.launch.resources import several_nodes_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "cluster"
@@ -72,7 +73,9 @@ def test_every_way_onto_a_cluster_shows_a_command() -> None:
 def test_commands_are_ones_that_the_program_knows(path: Path) -> None:
     for words in commands(path):
         assert words[0] in {"train", "submit"}
-        assert resolved(words).cluster.workers >= 1
+        recipe = resolved(words)
+        assert recipe.cluster.workers >= 1
+        assert several_nodes_problem(recipe, []) is None, "the command runs on more than one node"
         assert any(word.startswith("output=") for word in words), "the shared run folder is named on the line"
         if "--address" in words:
             assert words[0] == "submit"

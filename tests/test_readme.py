@@ -12,6 +12,7 @@ import pytest
 
 from hyperscale.cli import _parse
 from hyperscale.config.loading import load_recipe
+from hyperscale.launch.resources import several_nodes_problem
 from tests.command import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,7 @@ def test_cluster_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         options = _parse(words)
         recipe = load_recipe(options.recipe, options.overrides)
         assert recipe.cluster.workers == 16
+        assert several_nodes_problem(recipe, []) is None
 
 
 def test_other_programs() -> None:
