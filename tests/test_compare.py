@@ -244,7 +244,7 @@ def test_a_run_that_is_killed_says_what_to_do(place: Path) -> None:
         found[0].kill()
         with pytest.raises(ResourceError, match=r"was killed, .* with fewer --jobs each run has more of it") as killed:
             running.result()
-    assert f"(exit code -9; {log} has all that it said)" in str(killed.value)
+    assert f"(exit code -9; its whole output is in {log})" in str(killed.value)
 
 
 def without_times(record: Path) -> dict[str, object]:
@@ -262,7 +262,7 @@ def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[st
     assert failed.code == 1
     name = "hypernetwork_lr0.001_seed1"
     assert failed.errors[0].startswith(f"run {name} failed: {place}/mood/train.jsonl:25: not valid JSON")
-    assert f"(exit code 1; {place}/results/logs/{name}.log has all that it said)" in failed.errors
+    assert f"(exit code 1; its whole output is in {place}/results/logs/{name}.log)" in failed.errors
     assert failed.errors[-1] == "What has finished stays; the same command goes on from here"
     assert len(list((place / "results/logs").iterdir())) == 2, "no run began after the first had failed"
     assert not (place / "results/records").exists()

@@ -104,6 +104,29 @@ def test_a_worker_killed_under_torchrun_is_named_and_the_run_resumes(project: Pa
     assert [record.step for record in records if isinstance(record, StepRecord)] == list(range(1, 61))
 
 
+def test_a_killed_worker_and_a_passing_storage_error_are_survived_under_torchrun(project: Path) -> None:
+    """First no checkpoint can be written, then a worker is killed."""
+    folder, log = project / "run", project / "log.txt"
+    folder.mkdir()
+    (folder / "checkpoints").touch()
+    arguments = ["train", "recipe.yaml", "--launcher", "torchrun", NO_MLFLOW, "training.steps=60"]
+    with log.open("wb") as output:
+        parent = subprocess.Popen(
+            [HYPERSCALE, *arguments], cwd=project, env=client_environment(), stdout=output, stderr=output
+        )
+    wait_for(lambda: "(restart 1 of 2)" in log.read_text() or parent.poll() is not None)
+    (folder / "checkpoints").unlink()
+    wait_for(lambda: (folder / "checkpoints/step-000002/COMMITTED").exists() or parent.poll() is not None, every=0.02)
+    os.kill(second_worker(parent.pid), signal.SIGKILL)
+    assert parent.wait(timeout=240) == 0, log.read_text()
+    losses = [line for line in log.read_text().splitlines() if "starting all workers again" in line]
+    assert len(losses) == 2
+    assert "The checkpoint of step 2 cannot be written in" in losses[0]
+    assert "worker 1 was killed by SIGKILL; starting all workers again from the last checkpoint" in losses[1]
+    records = [entry.record for entry in read_entries(str(folder))]
+    assert [record.step for record in records if isinstance(record, StepRecord)] == list(range(1, 61))
+
+
 def second_worker(parent: int) -> int:
     """Return the process of rank 1."""
     for process in psutil.Process(parent).children():

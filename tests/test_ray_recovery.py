@@ -25,7 +25,7 @@ from tests.cluster import HYPERSCALE, client_environment, run, wait_for, write_p
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 
 STEPS = 60
-"""Long enough for a kill after the fourth step to come before the end: a step takes 50 ms or more."""
+"""Many more than 4, after which a worker is killed: `check_whole` fails where the kill came after the end."""
 SCRATCH = re.compile(r"/\w+/hyperscale-ray-\w+")
 OVERRIDES = (f"training.steps={STEPS}", "training.checkpoint_every=4", "training.evaluate_untouched=false")
 
@@ -136,6 +136,24 @@ def check_killed_worker(project: Path, rank: int) -> None:
 
 def test_a_killed_worker_costs_nothing_but_time(project: Path) -> None:
     check_killed_worker(project, rank=1)
+
+
+def test_a_checkpoint_that_cannot_be_written_for_a_while_costs_a_restart(project: Path) -> None:
+    """A file lies where the folder of the checkpoints belongs, until the workers are started again."""
+    folder, log = project / "run", project / "log.txt"
+    folder.mkdir()
+    (folder / "checkpoints").touch()
+    with started(project, "tracking.mlflow.enabled=false", "cluster.max_failures=1") as driver:
+        wait_for(lambda: "starting all workers again" in log.read_text() or driver.poll() is not None)
+        (folder / "checkpoints").unlink()
+        assert driver.wait(timeout=240) == 0, log.read_text()
+    (loss,) = (line for line in log.read_text().splitlines() if "starting all workers again" in line)
+    assert "worker 0 failed: CheckpointError: The checkpoint of step 4 cannot be written in" in loss
+    assert loss.endswith("(restart 1 of 1)")
+    records = [entry.record for entry in read_entries(str(folder))]
+    assert [record.step for record in records if isinstance(record, StepRecord)] == list(range(1, STEPS + 1))
+    assert [record.start_step for record in records if isinstance(record, RunFacts)][-1] == 0
+    assert read_result(str(folder)).steps == STEPS
 
 
 @pytest.mark.long

@@ -50,7 +50,7 @@ def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
     It goes on from what lies in the run folder.
 
     Raises:
-        ConfigError, ResourceError: what the run said was wrong, or how its process ended.
+        ConfigError, ResourceError: the error that the run printed, or how its process ended.
     """
     command = [sys.executable, "-m", "hyperscale.cli", "train", str(file), "--launcher", "local", "--resume"]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -59,10 +59,10 @@ def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
     if code == 0:
         return read_result(recipe.output)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
     if code == -signal.SIGKILL:
-        said = ["its process was killed, as it is where memory runs out; with fewer --jobs each run has more of it"]
-    message = "\n".join([*said, f"(exit code {code}; {log} has all that it said)"])
+        errors = ["its process was killed, perhaps for lack of memory; with fewer --jobs each run has more of it"]
+    message = "\n".join([*errors, f"(exit code {code}; its whole output is in {log})"])
     raise ConfigError(message) if code == ConfigError.exit_code else ResourceError(message)
 
 

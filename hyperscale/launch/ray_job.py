@@ -39,7 +39,7 @@ def submit_job(address: str, arguments: Sequence[str], working_dir: Path | None,
     runtime: dict[str, Any] = {"env_vars": dict(_STOP)}
     if working_dir is not None:
         runtime["working_dir"] = str(working_dir)
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of the upload, line by line
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it logs the upload, line by line
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(entrypoint=f"hyperscale train {shlex.join(arguments)}", runtime_env=runtime)

@@ -1,4 +1,4 @@
-"""Ray Train workers for a recipe: run them, show what they tell, and come back after a lost one.
+"""Ray Train workers for a recipe: run them, show their progress, and restart them after a failure.
 
 Checkpoints are our own (a run folder that all nodes see), so nothing is reported to Ray Train: its report is paced by a
 2 s poll and can be lost with a killed worker. A restarted group continues from the newest whole checkpoint there.
@@ -41,7 +41,7 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
     Raises:
         ResourceError: the cluster cannot be joined or lacks what the workers need.
         RunFolderError: the run folder is busy, private to one node, or holds another run.
-        HyperscaleError: what a worker found wrong, as it said it.
+        HyperscaleError: as a worker raised it.
     """
     problem = ephemeral_output_problem(recipe.output)
     if problem:
@@ -133,7 +133,7 @@ def _show(mailbox: Any, display: ProgressDisplay) -> None:
 
 
 class _LossReport(UserCallback):
-    """Tells of every failure of the workers, from the process that restarts them; a user's mistake is no reason to."""
+    """Logs every failure of the workers, in the process that restarts them, and ends the run at a user's error."""
 
     def __init__(self, mailbox: Any, max_failures: int) -> None:
         self._mailbox = mailbox
@@ -172,7 +172,7 @@ def _reason(error: Exception) -> str:
         return "died (killed, out of memory, or its node is gone)"
     cause = getattr(error, "_base_exc", error)  # Ray Train's wrapper says everything, traceback included
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"failed: {type(cause).__name__}: {lines[0][:300] if lines else ''}"
+    return f"failed: {type(cause).__name__}: {lines[0][:300].rstrip('.') if lines else ''}"
 
 
 def _fit(recipe: Recipe, mailbox: Any, run: RunIdentity) -> None:
@@ -222,7 +222,7 @@ def _quiet_train() -> Iterator[None]:
 
 
 def _worker_error(error: Exception, mailbox: Any, max_failures: int) -> HyperscaleError:
-    """Return the mistake that a worker reported, as it was raised there, or say that workers kept failing."""
+    """Return the user's error that a worker reported, or an error about workers that kept failing."""
     try:
         mistake = ray.get(mailbox.mistake.remote(), timeout=10)
     except RayError:

@@ -32,6 +32,8 @@ _logger = get_logger(__name__)
 _ERROR_FOLDER = "HYPERSCALE_ERROR_FOLDER"
 """Names the folder in which workers that we have started leave their errors, which the parent raises once."""
 
+_HINT = "Continue from the last checkpoint with --resume"
+
 
 def is_worker() -> bool:
     """Return whether torchrun started this process."""
@@ -61,8 +63,9 @@ def train_on_torchrun(recipe: Recipe, resume: bool) -> RunResult:
             left = recipe.cluster.max_failures - failures
             if not error.is_transient or left < 0:
                 raise
+            lost = str(error).removesuffix(_HINT).rstrip(". ")
             number = f"restart {failures} of {recipe.cluster.max_failures}"
-            _logger.warning("%s; starting all workers again from the last checkpoint (%s)", error, number)
+            _logger.warning("%s; starting all workers again from the last checkpoint (%s)", lost, number)
             resume = True
     raise AssertionError("unreachable: the loop above does not end")
 
@@ -109,8 +112,7 @@ def _worker_error(error: ChildFailedError, folder: Path) -> HyperscaleError:
         return user_error(kind, message, is_transient)
     rank, failure = error.get_first_failure()
     how = f"was killed by {Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "failed; see above"
-    hint = "Continue from the last checkpoint with --resume"
-    return ResourceError(f"worker {rank} {how}. {hint}", is_transient=True)
+    return ResourceError(f"worker {rank} {how}. {_HINT}", is_transient=True)
 
 
 def train_as_worker(recipe: Recipe, resume: bool) -> RunResult:
