@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,19 +55,19 @@ def parameter_name(group: str, name: str) -> str:
     return f"{group}/{name}".replace("/", "__")
 
 
-def keep_known_tasks(generator: Any, num_known: int) -> Mapping[str, int]:
+def keep_known_tasks(generator: nn.Module, num_known: int) -> Mapping[str, int]:
     """Leave only what belongs to the tasks from `num_known` on to be trained.
 
     Returns:
         Parameter name -> how many of its first rows must not move.
     """
-    of_tasks = generator.task_parameters()
+    of_tasks = _task_parameters(generator)
     for name, parameter in generator.named_parameters():
         parameter.requires_grad_(name in of_tasks)
     return {name: num_known for name, parameter in generator.named_parameters() if parameter.requires_grad}
 
 
-def with_new_tasks(generator: Any, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_new_tasks(generator: nn.Module, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of a generator of more tasks: what `known` holds, and new rows as they are now.
 
     Args:
@@ -75,9 +75,15 @@ def with_new_tasks(generator: Any, known: Mapping[str, Tensor]) -> dict[str, Ten
         known: state of a generator that differs in the number of tasks alone.
     """
     state: dict[str, Tensor] = dict(generator.state_dict())
-    for name in generator.task_parameters():
+    of_tasks = _task_parameters(generator)
+    for name in of_tasks:
         state[name] = torch.cat([known[name], state[name][len(known[name]) :].cpu()])
-    return {name: state[name] if name in generator.task_parameters() else known[name] for name in state}
+    return {name: state[name] if name in of_tasks else known[name] for name in state}
+
+
+def _task_parameters(generator: nn.Module) -> tuple[str, ...]:
+    typed: Generator = generator  # type: ignore[assignment]  # no type says both a module and a Generator
+    return typed.task_parameters()
 
 
 def num_parameters(module: nn.Module) -> int:

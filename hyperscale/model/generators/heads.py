@@ -1,6 +1,7 @@
 """Output layers of a hypernetwork: from a site's code to its adapter tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from hyperscale.model.adapters.kinds import TensorSpec
 from hyperscale.model.generators.generator import GroupSpecs, parameter_name
 from hyperscale.model.generators.starts import head_has_bias, start_bias, start_head
-from hyperscale.model.sites import SiteMap
+from hyperscale.model.sites import Site, SiteMap
 
 
 class Head(nn.Module):
@@ -65,33 +66,46 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         self._specs = {group: specs[group] for group in site_map.groups}
-        self._parts: dict[str, list[_Part]] = {}
-        self._keys: dict[tuple[str, int], Mapping[str, str]] = {}
+        self._has_biases = biases == "head"
         self.heads = nn.ModuleDict()
         self.site_biases = nn.ParameterDict()
-        for number, (group, sites) in enumerate(site_map.groups.items()):
-            positions = [site.position if by == "position" else "" for site in sites]
-            self._parts[group] = []
-            places: list[int] = []
-            for position in dict.fromkeys(positions):
-                here = [place for place, other in enumerate(positions) if other == position]
-                keys = {}
-                for name, spec in specs[group].items():
-                    shape = "x".join(map(str, spec.shape))
-                    keys[name] = "_".join(part for part in (sites[0].kind, position, name, shape) if part)
-                    if keys[name] not in self.heads:
-                        self.heads[keys[name]] = Head(code_dim, spec, biases == "head" and head_has_bias(spec))
-                self._parts[group].append(_Part(slice(len(places), len(places) + len(here)), keys))
-                self._keys |= {(group, place): keys for place in here}
-                places += here
-            for name, spec in specs[group].items() if biases == "site" else ():
-                bias = nn.Parameter(torch.empty(len(sites), *spec.shape))
-                start_bias(bias, spec)
-                self.site_biases[parameter_name(group, name)] = bias
-            # sites come in map order, heads want them by position: there and back
-            self.register_buffer(f"_order_{number}", site_rows(places), persistent=False)
-            self.register_buffer(f"_back_{number}", site_rows(places).argsort(), persistent=False)
-        self._numbers = {group: number for number, group in enumerate(self._parts)}
+        self._parts: dict[str, list[_Part]] = {}
+        self._numbers = {group: number for number, group in enumerate(site_map.groups)}
+        for group, sites in site_map.groups.items():
+            self._parts[group] = [
+                _Part(rows, self._add_heads(code_dim, sites[0].kind, position, specs[group]))
+                for position, rows in _by_position(sites, by).items()
+            ]
+            if biases == "site":
+                self._add_site_biases(group, len(sites), specs[group])
+            self._add_order(group)
+        self._keys = {
+            (group, row): part.keys for group, parts in self._parts.items() for part in parts for row in part.rows
+        }
+
+    def _add_heads(self, code_dim: int, kind: str, position: str, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+        """Make the heads that are new, and return the key of each tensor's head."""
+        keys = {}
+        for name, spec in specs.items():
+            shape = "x".join(map(str, spec.shape))
+            key = "_".join(part for part in (kind, position, name, shape) if part)
+            if key not in self.heads:
+                self.heads[key] = Head(code_dim, spec, self._has_biases and head_has_bias(spec))
+            keys[name] = key
+        return keys
+
+    def _add_site_biases(self, group: str, num_sites: int, specs: Mapping[str, TensorSpec]) -> None:
+        for name, spec in specs.items():
+            bias = nn.Parameter(torch.empty(num_sites, *spec.shape))
+            start_bias(bias, spec)
+            self.site_biases[parameter_name(group, name)] = bias
+
+    def _add_order(self, group: str) -> None:
+        """Keep the way from map order to the order of the parts, and back."""
+        order = site_rows([row for part in self._parts[group] for row in part.rows])
+        number = self._numbers[group]
+        self.register_buffer(f"_order_{number}", order, persistent=False)
+        self.register_buffer(f"_back_{number}", order.argsort(), persistent=False)
 
     def forward(self, group: str, codes: Tensor) -> Mapping[str, Tensor]:
         """Return the tensors [K, S, …] of one group from its sites' codes [K, S, E]."""
@@ -102,8 +116,11 @@ class Heads(nn.Module):
         if len(parts) == 1:
             return {name: self.heads[key](codes) for name, key in parts[0].keys.items()}
         ordered = codes.index_select(1, self.get_buffer(f"_order_{number}"))
+        codes_of = ordered.split([len(part.rows) for part in parts], dim=1)
         made = {
-            name: torch.cat([self.heads[part.keys[name]](ordered[:, part.rows]) for part in parts], dim=1)
+            name: torch.cat(
+                [self.heads[part.keys[name]](of_part) for part, of_part in zip(parts, codes_of, strict=True)], dim=1
+            )
             for name in parts[0].keys
         }
         return {name: tensor.index_select(1, self.get_buffer(f"_back_{number}")) for name, tensor in made.items()}
@@ -122,12 +139,22 @@ class Heads(nn.Module):
         }
 
 
+@dataclass(frozen=True)
 class _Part:
-    """Sites of a group that share heads: where they lie once ordered, and the heads' keys by tensor name."""
+    """Sites of a group that share heads."""
 
-    def __init__(self, rows: slice, keys: Mapping[str, str]) -> None:
-        self.rows = rows
-        self.keys = keys
+    rows: list[int]
+    """Their places in the group."""
+    keys: Mapping[str, str]
+    """Tensor name -> the key of its head."""
+
+
+def _by_position(sites: Sequence[Site], by: Literal["shape", "position"]) -> dict[str, list[int]]:
+    """Return the places of the sites of each position, or of all under an empty name."""
+    rows: dict[str, list[int]] = {}
+    for row, site in enumerate(sites):
+        rows.setdefault(site.position if by == "position" else "", []).append(row)
+    return rows
 
 
 def site_rows(indices: list[int]) -> Tensor:
