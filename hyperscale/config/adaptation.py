@@ -49,8 +49,8 @@ class BottleneckSettings(AdapterSection):
     """Bottleneck width = model width // reduction."""
     activation: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu_new"
     layer_norm: bool = False
-    """A layer norm after the adapter, `y + γ ⊙ LN(U act(D y + b_d) + b_u) + β`, with γ and β generated as the rest is:
-    HyperFormer's conditional layer norm (arXiv 2106.04489)."""
+    """Adds a layer norm after the adapter, `y + γ ⊙ LN(U act(D y + b_d) + b_u) + β`. The generator makes γ and β too:
+    this is HyperFormer's conditional layer norm (arXiv 2106.04489)."""
     targets: tuple[Literal["attention", "feed_forward"], ...] = Field(
         default=("attention", "feed_forward"), min_length=1
     )
@@ -62,17 +62,17 @@ class Ia3Settings(AdapterSection):
     has_peft_form = True
     kind: Literal["ia3"] = "ia3"
     targets: tuple[str, ...] = Field(default=("k", "v", "feed_forward"), min_length=1)
-    """Projections by their short names, as for LoRA: their outputs are scaled. `feed_forward`: what goes into the
+    """Projections by their short names, as for LoRA; their outputs are scaled. `feed_forward` scales the input of the
     feed-forward's last projection."""
 
 
 class NormDeltaSettings(AdapterSection):
-    """All layer norms of the backbone trained, as differences of their weights: `w + δ`."""
+    """Trains all layer norms of the backbone, as differences of their weights: `w + δ`."""
 
     kind: Literal["norm_delta"] = "norm_delta"
     per_task: bool | None = None
-    """true: every task its own δ (Houlsby et al.); false: one for all tasks (HyperFormer); null: every task its own
-    where the generator is `independent`, else one. No generator makes them: they are parameters beside it."""
+    """true: every task has its own δ (Houlsby et al.). false: all tasks share one (HyperFormer). null: every task has
+    its own if the generator is `independent`; otherwise they share one. δ is trained directly, not generated."""
 
 
 class PrefixSettings(AdapterSection):
@@ -81,7 +81,7 @@ class PrefixSettings(AdapterSection):
     has_peft_form = True
     kind: Literal["prefix"] = "prefix"
     length: int = Field(default=16, ge=1)
-    """Positions that the prefix takes; the text follows them."""
+    """How many positions the prefix takes. The text follows it."""
 
 
 ADAPTER_SETTINGS: Registry[type[AdapterSection]] = Registry(
@@ -103,7 +103,7 @@ AdapterSettings = Annotated[
 
 
 class TaskTableSettings(Section):
-    """One learned vector a task."""
+    """One learned vector for each task."""
 
     kind: Literal["table"] = "table"
     dim: int = Field(default=64, ge=1)
@@ -133,13 +133,13 @@ class HypernetworkSettings(GeneratorSection):
     hidden_dim: int = Field(default=128, ge=1)
     code_dim: int = Field(default=64, ge=1)
     stacks: Literal["separate", "joint"] = "separate"
-    """`separate`: one network for the encoder and one for the decoder, as published; `joint`: one for both."""
+    """`separate`: one network for the encoder and one for the decoder, as published. `joint`: one for both."""
     heads: Literal["shape", "position"] = "shape"
-    """`shape`: tensors of one name and shape come from one head, wherever they go, as published; `position`: every
-    position (`q`, `v`, `feed_forward`, …) has heads of its own."""
+    """`shape`: tensors of the same name and shape share a head, as published. `position`: every position (`q`, `v`,
+    `feed_forward`, …) has its own heads."""
     biases: Literal["head", "site"] = "head"
-    """`head`: a head adds the same bias wherever its tensors go, as published; `site`: every site has biases of its
-    own, an adapter that all tasks share, and the network makes what each task adds to it."""
+    """`head`: a head adds the same bias at every site, as published. `site`: every site has its own biases. They are
+    an adapter that all tasks share, and the network generates what each task adds to it."""
 
 
 class PerLayerSettings(GeneratorSection):
@@ -183,13 +183,13 @@ GeneratorSettings = Annotated[
 
 
 class AdaptationSettings(Section):
-    """Generator, task encoder and adapter kinds; comparing methods is changing `generator.kind`."""
+    """Generator, task encoder and adapter kinds. To compare methods, change `generator.kind`."""
 
     generator: GeneratorSettings = HypernetworkSettings()
     task_encoder: TaskEncoderSettings = TaskTableSettings()
     adapters: tuple[AdapterSettings, ...] = Field(default=(LoraSettings(),), min_length=1)
     init: Literal["zero", "paper"] = "zero"
-    """`zero`: at step 0 the adapted model is the backbone, but for a prefix; `paper`: the start that each method's
+    """`zero`: the adapted model equals the backbone at step 0, except with a prefix. `paper`: each method starts as its
     authors published (docs/methods.md)."""
 
     @property

@@ -15,12 +15,13 @@ class BackboneSettings(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """How the frozen weights are stored and multiplied; the generator is always fp32."""
+    """The dtype in which the frozen weights are stored and multiplied. The generator is always fp32."""
     quantization: Literal["none", "int8"] = "none"
-    """`int8`: the linear layers of the blocks are stored, sharded and gathered as 8-bit integers with a scale for each
-    output, and multiplied in `dtype`; embeddings, norms and the head stay in `dtype`."""
+    """`int8`: the blocks' linear layers are stored, sharded and gathered as 8-bit integers with one scale per output,
+    and multiplied in `dtype`. Embeddings, norms and the head stay in `dtype`."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone while training (T5 was trained with 0.1, LLaMA with none)."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """`auto`: PyTorch's fused kernel on CUDA; plain products on CPUs, where its backward is slow at short lengths,
-    without copies for heads that share keys. `eager`: transformers' plain products."""
+    """`auto`: PyTorch's fused kernel on CUDA. On CPUs, where that kernel's backward pass is slow for short texts, plain
+    products that do not copy shared keys and values. `eager`: transformers' own plain products. `sdpa`: the fused
+    kernel everywhere."""
