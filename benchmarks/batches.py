@@ -22,7 +22,7 @@ def bucket(is_bucketed: bool) -> str:
 
 def batches_of(recipe: Recipe, rank: int, steps: int) -> list[list[Batch]]:
     """Return a rank's micro-batches of the first steps."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 (after a peer has told transformers of DeepSpeed)
+    from transformers import AutoTokenizer  # noqa: PLC0415 (after a peer has configured DeepSpeed in transformers)
 
     folder = open_backbone(recipe.backbone)
     corpus = load_corpus(

@@ -24,8 +24,8 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 def modules_below(room: str) -> list[str]:
     """Return the names of all modules of `hyperscale.<room>`."""
-    found = pkgutil.walk_packages([str(PACKAGE / room)], prefix=f"hyperscale.{room}.")
-    return [f"hyperscale.{room}", *(module.name for module in found)]
+    modules = pkgutil.walk_packages([str(PACKAGE / room)], prefix=f"hyperscale.{room}.")
+    return [f"hyperscale.{room}", *(module.name for module in modules)]
 
 
 def imported_by(modules: list[str]) -> set[str]:
@@ -88,7 +88,7 @@ def test_package_markers_are_empty() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", hyperscale.__version__)
 
 
-def test_nobody_is_told_to_install_another_project() -> None:
+def test_no_file_tells_users_to_install_another_project() -> None:
     """On PyPI `hyperscale` is not ours; ours is `hypernet-scale`."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
