@@ -10,14 +10,24 @@ if TYPE_CHECKING:
     from hyperscale.api.adapt import adapt as adapt
     from hyperscale.api.bundles import Bundles as Bundles
     from hyperscale.api.bundles import load_bundles as load_bundles
+    from hyperscale.api.generator import Generator as Generator
+    from hyperscale.api.recipes import load_recipe as load_recipe
+    from hyperscale.api.training import TrainResult as TrainResult
+    from hyperscale.api.training import train as train
     from hyperscale.config.adaptation import AdapterSection as AdapterSection
     from hyperscale.config.adaptation import GeneratorSection as GeneratorSection
     from hyperscale.config.adaptation import LoraSettings as LoraSettings
     from hyperscale.config.extensions import register_adapter_kind as register_adapter_kind
     from hyperscale.config.extensions import register_generator as register_generator
+    from hyperscale.errors import HyperscaleError as HyperscaleError
     from hyperscale.model.architectures import register_family as register_family
 
 _PUBLIC = {
+    "Generator": "hyperscale.api.generator",
+    "HyperscaleError": "hyperscale.errors",
+    "TrainResult": "hyperscale.api.training",
+    "load_recipe": "hyperscale.api.recipes",
+    "train": "hyperscale.api.training",
     "MultiTaskModel": "hyperscale.api.adapt",
     "adapt": "hyperscale.api.adapt",
     "Bundles": "hyperscale.api.bundles",
@@ -32,7 +42,30 @@ _PUBLIC = {
 """Public name -> the module that defines it, imported at first use: torch is slow to load."""
 
 
+__all__ = [
+    "AdapterSection",
+    "Bundles",
+    "Generator",
+    "GeneratorSection",
+    "HyperscaleError",
+    "LoraSettings",
+    "MultiTaskModel",
+    "TrainResult",
+    "adapt",
+    "load_bundles",
+    "load_recipe",
+    "register_adapter_kind",
+    "register_family",
+    "register_generator",
+    "train",
+]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hyperscale' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

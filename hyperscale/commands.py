@@ -120,12 +120,11 @@ def predict(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write bundles of a checkpoint."""
-    from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
-    from hyperscale.export.exporter import export_bundles, restore_generator
+    from hyperscale.export.exporter import export_bundles
+    from hyperscale.export.opening import open_generator
 
-    path = find_checkpoint(options.checkpoint)
-    trained = restore_generator(load_checkpoint(path, only=("generator",)))
-    output, only = options.output or _bundles_of(path), options.task
+    trained = open_generator(options.checkpoint)
+    output, only = options.output or _bundles_of(options.checkpoint), options.task
     if options.describe:
         from hyperscale.serving.describe import with_described_tasks
 
@@ -136,10 +135,15 @@ def export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bundles_of(checkpoint: str) -> Path:
-    """Return bundles/ in the run folder around a checkpoint, wherever that folder has been moved."""
+def _bundles_of(source: str) -> Path:
+    """Return bundles/ in the run folder of a checkpoint, wherever that folder has been moved."""
     from hyperscale.checkpoint.layout import CHECKPOINTS, open_place
+    from hyperscale.checkpoint.store import find_checkpoint
+    from hyperscale.export.generator_folder import is_generator_folder
 
+    if is_generator_folder(Path(source)):
+        raise ConfigError(f"{source} is a saved generator, not a run folder: say with --output where bundles go")
+    checkpoint = find_checkpoint(source)
     place = open_place(checkpoint)
     if not place.is_local or place.parent.name != CHECKPOINTS:
         raise ConfigError(f"{checkpoint} is not in a run folder on this machine: say with --output where bundles go")

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -64,6 +65,7 @@ def test_the_wheel_carries_everything(wheel: Path) -> None:
         if path.suffix in (".py", ".yaml")
     ]
     assert "hyperscale/recipes/demo.yaml" in wanted
+    assert "hyperscale/py.typed" in shipped
     assert any(name.startswith("hyperscale/data/tasks/") for name in wanted)
     assert set(wanted) <= shipped
     assert {f"hyperscale/ds_configs/{path.name}" for path in PRESETS} <= shipped
@@ -89,6 +91,35 @@ def test_the_wheel_carries_everything(wheel: Path) -> None:
     folder, _, text = result.stdout.partition("\n")
     assert Path(folder) == wheel / "hyperscale/ds_configs"
     assert json.loads(text) == json.loads(find_preset("zero3").read_text())
+
+
+USER_PROGRAM = """
+import hyperscale as hs
+
+recipe = hs.load_recipe("demo", {"training.steps": 300})
+steps: int = recipe.training.steps
+wrong: str = recipe.training.steps
+reveal_type(hs.Generator.from_pretrained("runs/demo").adapters("tweets"))
+hs.train(recipe, launcher="slurm")
+"""
+
+
+def test_a_users_mypy_sees_our_types(wheel: Path, tmp_path: Path) -> None:
+    """Without py.typed mypy takes all that we export for Any, and finds nothing wrong in this program."""
+    (tmp_path / "program.py").write_text(USER_PROGRAM)
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\nplugins = pydantic.mypy\n")
+    # A folder in site-packages needs py.typed, one of MYPYPATH does not: the wheel is installed into a folder of its own.
+    site = tmp_path / "environment" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True)
+    shutil.copytree(wheel, site, dirs_exist_ok=True)
+    command = [sys.executable, "-m", "mypy", "--python-executable", python, "--ignore-missing-imports"]
+    command += ["--cache-dir", tmp_path / "cache", "program.py"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    lines = checked.stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines if ": error: " in line] == ["program.py:6", "program.py:8"], lines
+    assert "dict[str, dict[str, " in checked.stdout
 
 
 def test_presets_are_found_by_name() -> None:

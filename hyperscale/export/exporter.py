@@ -6,7 +6,7 @@ Needs the generator and the site map only: no backbone weights are loaded.
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.registry import stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
+from hyperscale.training.evaluation import VALIDATION
 from hyperscale.version import __version__
 
 _logger = get_logger(__name__)
@@ -54,6 +55,8 @@ class TrainedGenerator:
     step: int
     origins: tuple[TaskOrigin | None, ...]
     """Per task the earlier run that made its weights, where this one left them untouched."""
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Task -> metric -> validation score, where they were measured last."""
 
     def origin_of(self, task: int) -> TaskOrigin:
         """Return the run that made a task's weights."""
@@ -82,7 +85,13 @@ def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
     generator = blueprint.build_generator(recipe.adaptation, len(tasks), recipe.seed, features)
     generator.load_state_dict(tensors, strict=True)
     origins = tuple(map(_origin, checkpoint.state.get("origins") or [None] * len(tasks)))
-    return TrainedGenerator(recipe, blueprint.site_map, generator, tasks, backbone, checkpoint.step, origins)
+    scores = _last_scores(checkpoint.state.get("evaluations", []))
+    return TrainedGenerator(recipe, blueprint.site_map, generator, tasks, backbone, checkpoint.step, origins, scores)
+
+
+def _last_scores(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Mapping[str, float]]:
+    """Return the scores of the last evaluation on the validation rows, or nothing."""
+    return next((one["scores"] for one in reversed(evaluations) if one["stage"] == VALIDATION), {})
 
 
 def _origin(stored: Mapping[str, Any] | None) -> TaskOrigin | None:

@@ -18,11 +18,11 @@ from hyperscale.model.description import text_features
 _logger = get_logger(__name__)
 
 
-def with_described_tasks(trained: TrainedGenerator, names: Sequence[str]) -> TrainedGenerator:
+def with_described_tasks(trained: TrainedGenerator, names: Sequence[str | Task]) -> TrainedGenerator:
     """Return a trained generator that also knows tasks by their descriptions; loads the backbone to read them.
 
     Args:
-        names: task names or files; a classification must list its `labels`.
+        names: tasks, task names or files; a classification must list its `labels`.
 
     Raises:
         BundleError: the generator does not read descriptions, or the backbone is another one now.
@@ -34,8 +34,9 @@ def with_described_tasks(trained: TrainedGenerator, names: Sequence[str]) -> Tra
             "number. Train the new task instead: hyperscale adapt"
         )
     is_encoder_decoder = trained.architecture.is_encoder_decoder
-    found = [load_task(name, trained.recipe.data.task_folders) for name in names]
-    tasks = [task.written_for(is_encoder_decoder) for task in found]
+    folders = trained.recipe.data.task_folders
+    given = [name if isinstance(name, Task) else load_task(name, folders) for name in names]
+    tasks = [task.written_for(is_encoder_decoder) for task in given]
     for task in tasks:
         _check_describable(task, [known.name for known in trained.tasks])
     folder = open_backbone(trained.recipe.backbone)

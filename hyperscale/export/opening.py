@@ -1,0 +1,25 @@
+"""A trained generator from wherever it lies: a run folder, a checkpoint, or a saved generator."""
+
+from pathlib import Path
+
+from hyperscale.checkpoint.layout import open_place
+from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
+from hyperscale.export.exporter import TrainedGenerator, restore_generator
+from hyperscale.export.generator_folder import is_generator_folder, read_generator
+
+
+def open_generator(source: str) -> TrainedGenerator:
+    """Restore a generator on the CPU; no backbone is loaded.
+
+    Args:
+        source: a run folder (its newest checkpoint is read) or a checkpoint, local or a URI, or a saved generator's
+            folder on this machine.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        BundleError: a saved generator is damaged, incomplete or of a newer version.
+    """
+    place = open_place(source)
+    if place.is_local and is_generator_folder(Path(place.path)):
+        return read_generator(Path(place.path))
+    return restore_generator(load_checkpoint(find_checkpoint(source), only=("generator",)))
