@@ -108,7 +108,7 @@ def test_a_users_mypy_sees_our_types(wheel: Path, tmp_path: Path) -> None:
     """Without py.typed mypy takes all that we export for Any, and finds nothing wrong in this program."""
     (tmp_path / "program.py").write_text(USER_PROGRAM)
     (tmp_path / "mypy.ini").write_text("[mypy]\nfollow_imports = silent\nplugins = pydantic.mypy\n")
-    # A folder in site-packages needs py.typed, one of MYPYPATH does not: the wheel is installed into a folder of its own.
+    # Only in site-packages does mypy ask for py.typed, so the wheel lies in those of an environment of its own.
     site = tmp_path / "environment" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     python = tmp_path / "environment" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "environment"], check=True)
