@@ -4,9 +4,12 @@ import gzip
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from threading import Event
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -14,6 +17,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from hyperscale.cli import main
 from hyperscale.compare.intervals import draw, interval, resampled_scores, seed_interval
 from hyperscale.compare.schedule import check_comparison, make_trial, run_comparison
 from hyperscale.compare.table import MethodSummary
@@ -65,6 +69,13 @@ def write_task(folder: Path, name: str, words: dict[str, str]) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_place(tmp_path, tiny_llama_folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def write_place(tmp_path: Path, tiny_llama_folder: Path) -> None:
     write_task(tmp_path, "mood", {"good": "positive", "bad": "negative"})
     write_task(tmp_path, "size", {"huge": "large", "tiny": "small"})
     recipe = {
@@ -79,112 +90,166 @@ def place(tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPat
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(COMPARISON, sort_keys=False))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    return tmp_path
 
 
-def test_a_comparison_runs_once_and_says_who_is_better(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = place / "comparison.yaml"
-    dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
-    valid = f"valid: 3 methods, {RUNS} runs in {place}/results\n"
-    assert dry.out == f"{valid}finished: 0, with records in {place}/results/records\n"
+@dataclass(frozen=True)
+class Compared:
+    """One comparison: a dry run, one method of it, a dry run, all of it. Its folder is not to be written to."""
+
+    place: Path
+    outputs: tuple[str, str, str, str]
+    of_part: dict[Path, int]
+    """Run folder of the one method -> when its result was written."""
+    rows: dict[str, dict[str, Any]]
+
+    @property
+    def folders(self) -> list[Path]:
+        return sorted((self.place / "results/runs").iterdir())
+
+    @property
+    def example(self) -> Path:
+        return self.place / "results/runs" / f"hypernetwork_lr{rate_of(self.rows['hypernetwork'])}_seed2"
+
+    def continued(self, name: str, **changes: object) -> Path:
+        """Return the file of the same comparison with a copy of its records and another output."""
+        shutil.copytree(self.place / "results/records", self.place / f"{name}_records")
+        file = self.place / f"{name}.yaml"
+        values = COMPARISON | {"records": f"{name}_records", "output": f"{name}_results"} | changes
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        return file
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    place = tmp_path_factory.mktemp("compared")
+    write_place(place, tiny_llama_folder)
+
+    def compare(*options: str) -> str:
+        output = StringIO()
+        with redirect_stdout(output):
+            assert main(["compare", str(place / "comparison.yaml"), "--launcher", "local", *options]) == 0
+        return output.getvalue()
+
+    first = compare("--dry-run")
     assert not (place / "results").exists()
-
-    part = run(capsys, "compare", file, "--launcher", "local", "--only", "alone")
-    assert part.code == 0, part.err
-    assert part.out == "trained: alone; the same command without --only writes the table\n"
-    assert {folder.name.split("_")[0] for folder in (place / "results/runs").iterdir()} == {"alone"}
+    part = compare("--only", "alone")
     assert not (place / "results/comparison.md").exists()
-    dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
-    ended = len(list((place / "results/runs").iterdir()))
-    assert 0 < ended < RUNS
-    assert dry.out == f"{valid}finished: {ended}, with records in {place}/results/records\n"
     of_part = {folder: (folder / "result.json").stat().st_mtime_ns for folder in (place / "results/runs").iterdir()}
-
-    compared = run(capsys, "compare", file, "--launcher", "local")
-    assert compared.code == 0, compared.err
-    assert {folder: (folder / "result.json").stat().st_mtime_ns for folder in of_part} == of_part
-    assert compared.out == (place / "results/comparison.md").read_text()
-    folders = sorted((place / "results/runs").iterdir())
-    assert len(folders) == RUNS
+    outputs = (first, part, compare("--dry-run"), compare())
     report = json.loads((place / "results/comparison.json").read_text())
-    rows = {row["method"]: row for row in report["methods"]}
-    assert list(rows) == ["hypernetwork", "shared", "alone"]
-    for method, row in rows.items():
+    return Compared(place, outputs, of_part, {row["method"]: row for row in report["methods"]})
+
+
+def test_a_dry_run_counts_runs_and_records(compared: Compared) -> None:
+    first, _, second, _ = compared.outputs
+    valid = f"valid: 3 methods, {RUNS} runs in {compared.place}/results\n"
+    records = f"with records in {compared.place}/results/records\n"
+    assert first == f"{valid}finished: 0, {records}"
+    assert 0 < len(compared.of_part) < RUNS
+    assert second == f"{valid}finished: {len(compared.of_part)}, {records}"
+
+
+def test_one_method_is_trained_alone_and_not_again(compared: Compared) -> None:
+    assert compared.outputs[1] == "trained: alone; the same command without --only writes the table\n"
+    assert {folder.name.split("_")[0] for folder in compared.of_part} == {"alone"}
+    again = {folder: (folder / "result.json").stat().st_mtime_ns for folder in compared.of_part}
+    assert again == compared.of_part
+    assert len(compared.folders) == RUNS
+
+
+def test_the_table_has_a_row_a_method_with_its_best_rate(compared: Compared) -> None:
+    assert compared.outputs[3] == (compared.place / "results/comparison.md").read_text()
+    assert list(compared.rows) == ["hypernetwork", "shared", "alone"]
+    for method, row in compared.rows.items():
         assert row["search"][str(row["learning_rate"])] == max(row["search"].values())
         assert len(row["means"]) == 2
-        assert f"| {method} |" in compared.out
+        assert f"| {method} |" in compared.outputs[3]
+
+
+def test_intervals_are_of_the_difference_to_the_baseline(compared: Compared) -> None:
+    rows = compared.rows
     assert rows["shared"]["interval"] == rows["shared"]["seed_interval"] == [0.0, 0.0]
     between = np.subtract(rows["alone"]["means"], rows["shared"]["means"])
     assert rows["alone"]["seed_interval"] == pytest.approx(seed_interval(between.tolist()))
-    single = json.loads(
-        (place / "results/runs").joinpath(f"alone_lr{rate_of(rows['alone'])}_seed1_mood", "result.json").read_text()
-    )
-    assert single["steps"] == 2, "a single-task run has its share of the steps"
-    assert rows["alone"]["parameters_per_task"] == single["trained_parameters"]
-    assert rows["shared"]["parameters_per_task"] == single["trained_parameters"] / 2
 
-    # A score of the table, from the rows on disk.
-    folder = place / "results/runs" / f"hypernetwork_lr{rate_of(rows['hypernetwork'])}_seed2"
-    found = read_predictions(str(folder), "test")["mood"]
+
+def test_a_single_task_run_has_its_share_of_the_steps(compared: Compared) -> None:
+    name = f"alone_lr{rate_of(compared.rows['alone'])}_seed1_mood"
+    single = json.loads((compared.place / "results/runs" / name / "result.json").read_text())
+    assert single["steps"] == 2
+    assert compared.rows["alone"]["parameters_per_task"] == single["trained_parameters"]
+    assert compared.rows["shared"]["parameters_per_task"] == single["trained_parameters"] / 2
+
+
+def test_a_score_of_the_table_is_that_of_the_rows_on_disk(compared: Compared) -> None:
+    found = read_predictions(str(compared.example), "test")["mood"]
     assert len(found.references) == 8
     hits = sum(a.strip() == b.strip() for a, b in zip(found.references, found.predictions, strict=True))
-    assert rows["hypernetwork"]["task_scores"]["mood"][1] == pytest.approx(100 * hits / 8)
+    assert compared.rows["hypernetwork"]["task_scores"]["mood"][1] == pytest.approx(100 * hits / 8)
 
-    client = MlflowClient(f"sqlite:///{place}/mlflow.db")
+
+def test_mlflow_has_the_comparison_and_its_files(compared: Compared) -> None:
+    client = MlflowClient(f"sqlite:///{compared.place}/mlflow.db")
     (recorded,) = [
         one
         for one in client.search_runs([client.get_experiment_by_name("hyperscale").experiment_id])
         if one.info.run_name == "two"
     ]
-    assert recorded.data.metrics["compare/shared/mean"] == pytest.approx(np.mean(rows["shared"]["means"]))
+    mean = np.mean(compared.rows["shared"]["means"])
+    assert recorded.data.metrics["compare/shared/mean"] == pytest.approx(mean)
     assert {file.path for file in client.list_artifacts(recorded.info.run_id)} == {"comparison.md", "comparison.json"}
 
-    # The records are enough for the same table, in another place and without any run folder.
-    kept = (folder / "predictions/test.jsonl").read_bytes()
-    (place / "results/records").rename(place / "kept")
-    shutil.rmtree(place / "results")
-    file.write_text(yaml.safe_dump(COMPARISON | {"records": "kept"}, sort_keys=False))
-    again = run(capsys, "compare", file, "--launcher", "local")
-    assert again.code == 0, again.err
-    assert again.out == compared.out
-    assert not (place / "results/runs").exists()
-    records = sorted((place / "kept").iterdir())
-    assert [record.name for record in records] == [f"{one.name}.json.gz" for one in folders]
-    assert not [record for record in records if str(place / "results").encode() in gzip.decompress(record.read_bytes())]
 
-    # A run whose record is gone too is trained again, to the same answers.
-    record = place / "kept" / f"{folder.name}.json.gz"
-    before = json.loads(gzip.decompress(record.read_bytes()))
+def test_records_alone_give_the_same_table(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    again = run(capsys, "compare", compared.continued("kept"), "--launcher", "local")
+    assert again.code == 0, again.err
+    assert again.out == compared.outputs[3]
+    assert not (compared.place / "kept_results/runs").exists()
+    records = sorted((compared.place / "kept_records").iterdir())
+    assert [record.name for record in records] == [f"{one.name}.json.gz" for one in compared.folders]
+    output = str(compared.place / "results").encode()
+    assert not [record for record in records if output in gzip.decompress(record.read_bytes())]
+
+
+def test_a_run_without_a_record_is_trained_again(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    file, folder = compared.continued("lost"), compared.example
+    record = compared.place / "lost_records" / f"{folder.name}.json.gz"
+    before = without_times(record)
     record.unlink()
     dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
     assert f"finished: {RUNS - 1}, with" in dry.out
     mended = run(capsys, "compare", file, "--launcher", "local")
     assert mended.code == 0, mended.err
-    assert list((place / "results/runs").iterdir()) == [folder]
-    assert (folder / "predictions/test.jsonl").read_bytes() == kept
-    after = json.loads(gzip.decompress(record.read_bytes()))
-    assert {key: value for key, value in after.items() if key != "step_seconds"} == {
-        key: value for key, value in before.items() if key != "step_seconds"
-    }
+    (trained,) = (compared.place / "lost_results/runs").iterdir()
+    assert trained.name == folder.name
+    assert (trained / "predictions/test.jsonl").read_bytes() == (folder / "predictions/test.jsonl").read_bytes()
+    assert without_times(record) == before
 
-    # Neither a run nor a record of other settings is taken for this one's; a damaged record is named.
-    other = yaml.safe_dump(COMPARISON | {"settings": {"training.steps": 6}, "records": "kept"}, sort_keys=False)
-    file.write_text(other)
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_record_of_other_settings_is_refused(
+    options: list[str], compared: Compared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = compared.continued(f"other{len(options)}", settings={"training.steps": 6})
+    refused = run(capsys, "compare", file, "--launcher", "local", *options)
+    assert refused.code == 1
     of_other_settings = "a record of hypernetwork_lr0.001_seed0 of other settings (training.steps was 4, is 6)"
-    for options in ([], ["--dry-run"]):
-        refused = run(capsys, "compare", file, "--launcher", "local", *options)
-        assert refused.code == 1
-        assert f"holds {of_other_settings}" in refused.err
-    file.write_text(other.replace("kept", "none"))
-    methods = ["--only", "hypernetwork"]
-    (place / "results/runs/hypernetwork_lr0.001_seed0").mkdir()
-    shutil.copy(folder / "recipe.yaml", place / "results/runs/hypernetwork_lr0.001_seed0")
-    refused = run(capsys, "compare", file, "--launcher", "local", *methods)
+    assert f"holds {of_other_settings}" in refused.err
+
+
+def test_a_run_of_other_settings_is_refused(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    file = compared.continued("run", settings={"training.steps": 6}, records="none")
+    folder = compared.place / "run_results/runs/hypernetwork_lr0.001_seed0"
+    folder.mkdir(parents=True)
+    shutil.copy(compared.example / "recipe.yaml", folder)
+    refused = run(capsys, "compare", file, "--launcher", "local", "--only", "hypernetwork")
     assert refused.code == 1
     assert "hypernetwork_lr0.001_seed0 holds a run of other settings (" in refused.err
-    file.write_text(yaml.safe_dump(COMPARISON | {"records": "kept"}, sort_keys=False))
+
+
+def test_a_damaged_record_is_named(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    file = compared.continued("damaged")
+    record = compared.place / "damaged_records" / f"{compared.example.name}.json.gz"
     record.write_bytes(record.read_bytes()[:100])
     refused = run(capsys, "compare", file, "--launcher", "local")
     assert refused.code == 1
