@@ -100,8 +100,8 @@ def test_the_trace_keeps_what_a_real_step_keeps(request: pytest.FixtureRequest, 
     # What autograd saved, and besides it what the model itself holds on to: masks, position biases, hidden states.
     assert saved * 0.9 <= traced.kept <= saved * 1.2
     assert token_losses(logits, torch.full((len(positions),), 5)).shape == (32,)
-    # The logits themselves; of their fp32 forms there are only a few rows at a time (model/losses.py).
-    assert logits.nbytes <= traced.loss < 2 * logits.nbytes
+    # The gradient of the logits, and the fp32 form of a few rows at a time (model/losses.py): here of all 32.
+    assert 2 * logits.nbytes <= traced.loss < 3 * logits.nbytes
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
