@@ -131,19 +131,22 @@ def test_all_contradictions_are_named_at_once_with_both_values():
 
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights"])
-def test_integers_are_not_quantized_again(key: str):
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_deepspeeds_own_quantization_is_refused(key: str, quantization: str):
+    """Every weight of the backbone would be zero."""
     asked = recipe()
-    stored = asked.model_copy(update={"backbone": asked.backbone.model_copy(update={"quantization": "int8"})})
-    for value, one, refused in (
-        (True, stored, True),
-        (False, stored, False),
-        ("auto", stored, False),
-        (True, asked, False),
-    ):
-        raw = {"zero_optimization": {key: value}}
-        told = f"'zero_optimization.{key}' does not go with backbone.quantization=int8: remove it"
-        with pytest.raises(EngineError, match=told) if refused else nullcontext():
-            complete_ds_config(raw, one, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
+    asked = asked.model_copy(update={"backbone": asked.backbone.model_copy(update={"quantization": quantization})})
+    for value in (True, False, "auto"):
+        message = f"'zero_optimization.{key}' cannot be used .*: remove it and use backbone.quantization=int8"
+        with pytest.raises(EngineError, match=message) if value is True else nullcontext():
+            raw = {"zero_optimization": {key: value}}
+            complete_ds_config(raw, asked, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
+
+
+def test_a_disk_for_shards_is_refused():
+    with pytest.raises(EngineError, match="is 'nvme', but a frozen backbone cannot be loaded onto a disk: use 'cpu'"):
+        complete({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}})
+    complete({"zero_optimization": {"offload_param": {"device": "cpu"}}})
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path):

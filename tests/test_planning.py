@@ -161,9 +161,7 @@ def test_ranks_of_one_machine_need_no_room_for_messages(
         read_sharding(recipe, 2, "cpu", nodes=2),
         read_sharding(recipe, 2, "cuda"),
         read_sharding(recipe, 1, "cpu"),
-        asked(offload_param={"device": "nvme", "nvme_path": str(tmp_path)}),
         asked(zero_hpz_partition_size=2),
-        asked(zero_quantized_weights=True),
     ]
     assert not any(one.in_place for one in elsewhere)
     monkeypatch.setenv("HYPERSCALE_SHARED_SHARDS", "0")

@@ -26,6 +26,12 @@ def recipe(**mlflow: object) -> Recipe:
     )
 
 
+@pytest.mark.parametrize(("gpus", "reason"), [(0.5, "workers cannot share one"), (4, "would leave the others idle")])
+def test_a_worker_has_one_gpu_or_none(gpus: float, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"{gpus:g} is not allowed: must be 1, or 0 for CPUs .*{reason}"):
+        settings(gpus_per_worker=gpus)
+
+
 def test_asked_are_the_totals_and_gpus_only_if_wanted() -> None:
     assert asked_resources(settings(workers=3, cpus_per_worker=1.5)) == {"CPU": 4.5}
     assert asked_resources(settings(workers=2, gpus_per_worker=1, cpus_per_worker=4)) == {"CPU": 8, "GPU": 2}
@@ -37,7 +43,6 @@ def test_asked_are_the_totals_and_gpus_only_if_wanted() -> None:
         (2, {}, [{"CPU": 2.0}]),
         (3, {}, [{"CPU": 2.0}, {"CPU": 1.0}]),
         (10, {"cpus_per_worker": 0.1}, [{"CPU": 1.0}]),  # 1.0 / 0.1 falls short of 10 in binary
-        (4, {"gpus_per_worker": 0.5}, [{"CPU": 8.0, "GPU": 2.0}]),
         (8, {"gpus_per_worker": 1}, [{"CPU": 64.0, "GPU": 4.0}] * 2 + [{"CPU": 16.0}]),
     ],
 )

@@ -1,4 +1,4 @@
-"""DeepSpeed's own JSON: read, completed from the recipe, contradictions refused by name.
+"""DeepSpeed's own JSON: read, completed from the recipe, and checked against it for contradictions.
 
 Never re-modelled field by field.
 """
@@ -22,12 +22,8 @@ _OURS = {
     "fp16": "backbone.dtype (bfloat16 or float32)",
 }
 
-_INCOMPATIBLE_WITH_INT8 = (
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "stage3_use_all_reduce_for_fetch_params",
-)
-"""What would quantize our integers once more, or gather integers and scales as one dtype."""
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+"""DeepSpeed would make an int8 shard with a scale of storage that is not filled yet: every weight would load as 0."""
 
 
 def read_ds_config(name_or_path: str) -> dict[str, Any]:
@@ -83,18 +79,35 @@ def complete_ds_config(
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
-    if recipe.backbone.quantization == "int8":
-        problems += [
-            f"'zero_optimization.{key}' does not go with backbone.quantization=int8: remove it"
-            for key in _INCOMPATIBLE_WITH_INT8
-            if zero.get(key, "auto") not in (False, "auto")
-        ]
+    problems += _unsupported(zero, recipe.backbone.quantization == "int8")
     _fill_live_limits(zero, block_numel, outer_numel)
     done["zero_optimization"] = zero
     if problems:
         raise EngineError("engine.ds_config contradicts the recipe: " + "; ".join(problems))
     done.setdefault("steps_per_print", 10**9)
     return _without_auto(done)
+
+
+def _unsupported(zero: Mapping[str, Any], is_int8: bool) -> list[str]:
+    """Name what the loader of shards cannot do."""
+    problems = [
+        f"'zero_optimization.{key}' cannot be used with a frozen backbone, whose weights would load as zeros: remove "
+        "it and use backbone.quantization=int8"
+        for key in _QUANTIZED
+        if zero.get(key, "auto") not in (False, "auto")
+    ]
+    if is_int8 and zero.get("stage3_use_all_reduce_for_fetch_params", "auto") not in (False, "auto"):
+        problems.append(
+            "'zero_optimization.stage3_use_all_reduce_for_fetch_params' gathers integers and scales as one dtype, so "
+            "it does not work with backbone.quantization=int8: remove it"
+        )
+    offload = zero.get("offload_param")
+    if isinstance(offload, Mapping) and offload.get("device") == "nvme":
+        problems.append(
+            "'zero_optimization.offload_param.device' is 'nvme', but a frozen backbone cannot be loaded onto a disk: "
+            "use 'cpu' (engine.ds_config=zero3_offload), more workers or backbone.quantization=int8"
+        )
+    return problems
 
 
 def _decides(value: Any) -> bool:
@@ -147,9 +160,7 @@ def read_sharding(recipe: Recipe, world_size: int, device: Literal["cpu", "cuda"
     offload = (zero.get("offload_param") or {}).get("device", "none")
     asked = zero.get("zero_hpz_partition_size", 1)
     node_shards = 1 if asked == "auto" else int(asked)
-    is_quantized = any(zero.get(f"zero_quantized_{which}") is True for which in ("weights", "nontrainable_weights"))
-    is_ordinary = offload != "nvme" and node_shards == 1 and not is_quantized
-    in_place = device == "cpu" and world_size > 1 and nodes == 1 and is_ordinary and shares_shards()
+    in_place = device == "cpu" and world_size > 1 and nodes == 1 and node_shards == 1 and shares_shards()
     return Sharding(world_size, offload != "none", node_shards, in_place)
 
 

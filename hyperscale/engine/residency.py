@@ -46,8 +46,7 @@ def agree_on_resident(
     sharding = read_sharding(recipe, collective.world_size, _kind(device), len(set(names)))
     plan = plan_memory(workload, sharding, frozenset(), _kind(device))
     held = plan.items["backbone shard"] + plan.items["second shard (hpZ)"]
-    on_one_gpu = max(1, int(1 / (recipe.cluster.gpus_per_worker or 1)))
-    sharers = on_one_gpu if device.type == "cuda" else names.count(names[collective.rank])
+    sharers = 1 if device.type == "cuda" else names.count(names[collective.rank])
     free, total = free_memory(device)
     spare = min(collective.gather((free - RESERVE * total) / sharers - (plan.total - held)))
     chosen = resident_parts(recipe, parts, spare)

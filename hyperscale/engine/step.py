@@ -78,6 +78,7 @@ class TrainingStep:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self.collective.sum(totals.counts)
         for bucket in _buckets([totals.flat, *gradients]):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             self.collective.sum(flat)
@@ -90,42 +91,52 @@ class TrainingStep:
 
 @dataclass(frozen=True)
 class _Totals:
-    """Sums of a step in one fp32 vector, to travel with the gradients.
+    """Sums of a step: losses and weights in fp32, which travel with the gradients, and counts in fp64.
 
-    Losses and label tokens per task; then weight, samples, tokens and objective of them all.
+    fp32 counts exactly only up to 2^24, and a sum of ones stays there.
     """
 
     flat: Tensor
+    """Losses per task; then the weight and the objective of them all."""
+    counts: Tensor
+    """Label tokens per task; then samples and tokens."""
     num_tasks: int
 
     @staticmethod
     def zeros(num_tasks: int, device: torch.device) -> "_Totals":
-        return _Totals(torch.zeros(2 * num_tasks + 4, device=device), num_tasks)
+        return _Totals(
+            torch.zeros(num_tasks + 2, device=device),
+            torch.zeros(num_tasks + 2, dtype=torch.float64, device=device),
+            num_tasks,
+        )
 
     @property
     def weight(self) -> Tensor:
         """The sum of all label tokens' weights in the objective."""
-        return self.flat[-4]
+        return self.flat[-2]
 
     def add(self, objective: Tensor, weight: float, losses: Tensor, token_tasks: Tensor, batch: Batch) -> None:
         self.flat[: self.num_tasks].index_add_(0, token_tasks, losses)
-        self.flat[self.num_tasks : 2 * self.num_tasks].index_add_(0, token_tasks, torch.ones_like(losses))
-        counts = torch.tensor([weight, len(batch.task_index), batch.num_tokens], device=self.flat.device)
-        self.flat[-4:-1] += counts
+        self.flat[-2] += weight
         self.flat[-1] += objective
+        ones = torch.ones_like(losses, dtype=self.counts.dtype)
+        self.counts[: self.num_tasks].index_add_(0, token_tasks, ones)
+        self.counts[-2] += len(batch.task_index)
+        self.counts[-1] += batch.num_tokens
 
     def result(self, loss: str, learning_rate: float, grad_norm: Tensor) -> StepResult:
         """Read everything at once: the only place of a step where the host waits for a GPU."""
-        *values, norm = torch.cat([self.flat, grad_norm.to(self.flat.dtype).view(1)]).tolist()
-        normaliser = 1.0 if loss == "token_sum" else values[-4]
-        sums, counts = values[: self.num_tasks], values[self.num_tasks : 2 * self.num_tasks]
+        values = torch.cat([self.flat.double(), self.counts, grad_norm.double().view(1)]).tolist()
+        *sums, weight, objective = values[: self.num_tasks + 2]
+        *counts, samples, tokens, norm = values[self.num_tasks + 2 :]
+        normaliser = 1.0 if loss == "token_sum" else weight
         return StepResult(
-            loss=values[-1] / normaliser,
+            loss=objective / normaliser,
             task_losses={task: sums[task] / counts[task] for task in range(self.num_tasks) if counts[task]},
             learning_rate=learning_rate,
             grad_norm=norm,
-            tokens=int(values[-2]),
-            samples=int(values[-3]),
+            tokens=int(tokens),
+            samples=int(samples),
         )
 
 
