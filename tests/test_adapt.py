@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from hyperscale.run.adapt import adapted_recipe
 from hyperscale.run.context import read_result
 from tests.command import Outcome, run, tree
 
@@ -139,3 +140,21 @@ def test_what_cannot_be_adapted(place: Path, capsys: pytest.CaptureFixture[str])
     told = refused(adapt(place, capsys, "--train", "everything", "adaptation.adapters.0.rank=4"))
     assert "The checkpoint belongs to another run" in told
     assert adapt(place, capsys, "--train", "everything", f"output={place / 'fine'}").code == 0
+
+
+def test_a_run_on_an_object_store_is_adapted_beside_itself(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    done = run(capsys, "train", "recipe.yaml", "--launcher", "local", "output=memory://bucket/runs/base")
+    assert done.code == 0, done.err
+    before = tree(place)
+    adapted = adapted_recipe("memory://bucket/runs/base", [str(place / "style.yaml")], "new_tasks", 0.0)
+    assert adapted.output == "memory:///bucket/runs/base-style"
+    assert adapted.start is not None
+    assert adapted.start.checkpoint == "memory:///bucket/runs/base"
+    words = ("--task", place / "style.yaml", "--launcher", "local")
+    done = run(capsys, "adapt", "memory://bucket/runs/base", *words)
+    assert done.code == 0, done.err
+    assert read_result("memory://bucket/runs/base-style").steps == 4
+    assert tree(place) == before

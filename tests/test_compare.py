@@ -482,3 +482,12 @@ def as_searched(comparison: Comparison) -> Comparison:
         assert (rows[same]["learning_rate"],) == comparison.learning_rates
         assert {float(rate) for rate in rows[same]["search"]} == set(searched.learning_rates)
     return searched
+
+
+def test_paths_in_settings_begin_at_the_comparison_however_deep_its_output(place: Path) -> None:
+    for output in ("results", "a/b", "a/b/c"):
+        values = COMPARISON | {"output": output, "settings": {"data.tasks": ["mood.yaml", "size.yaml"]}}
+        (place / "deep.yaml").write_text(yaml.safe_dump(values))
+        trial = make_trial(load_comparison(place / "deep.yaml"), "shared", 0.01, 1)
+        assert trial.recipes[0].data.tasks == (str(place / "mood.yaml"), str(place / "size.yaml"))
+        assert trial.recipes[0].output.startswith(f"{place}/{output}/runs/")

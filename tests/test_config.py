@@ -8,7 +8,17 @@ import jsonschema
 import pytest
 import yaml
 
-from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes, parse_recipe
+from hyperscale.config.loading import (
+    change_recipe,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    packaged_recipes,
+    parse_recipe,
+    portable_recipe,
+    shareable_recipe,
+    with_tracking_uri,
+)
 from hyperscale.config.run import Recipe
 from hyperscale.config.training import TrainingSettings
 from hyperscale.errors import ConfigError
@@ -260,3 +270,30 @@ def test_a_key_given_twice_is_a_mistake_and_a_merge_is_none(tmp_path: Path):
     merged = tmp_path / "merged.yaml"
     merged.write_text(f"{yaml.safe_dump(MINIMAL)}cluster: &small {{workers: 1}}\nexport: {{<<: {{enabled: false}}}}\n")
     assert load_recipe(str(merged)).export.enabled is False
+
+
+def test_values_of_a_program_are_taken_as_they_are(tmp_path: Path):
+    # JSON read as YAML made two lone surrogates of a character beyond the basic plane, and folded U+2028 to a space.
+    tags = {"icon": "\U0001f680", "break": "a\u2028b", "number": "5e-4"}
+    path = write(tmp_path)
+    loaded = load_recipe(path, {"tracking.mlflow.tags": tags, "output": f"{tmp_path}/\U0001f680"})
+    changed = change_recipe(load_recipe(path), {"tracking.mlflow.tags": tags}, (), "changed")
+    assert dict(loaded.tracking.mlflow.tags) == dict(changed.tracking.mlflow.tags) == tags
+    assert loaded.output == f"{tmp_path}/\U0001f680"
+    with pytest.raises(ConfigError, match=r"override 'training.steps=0': training.steps: 0 is not allowed"):
+        load_recipe(path, {"training.steps": 0})
+
+
+@pytest.mark.parametrize("uri", ["postgresql://ml:hun/t@er2@db/mlflow", "https://ml:hun/t@er2@host:5000"])
+def test_a_recipe_that_others_read_has_no_password(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    recipe = load_recipe(write(tmp_path, tracking={"mlflow": {"uri": uri}}))
+    for values in (shareable_recipe(recipe), portable_recipe(recipe)):
+        assert "er2" not in json.dumps(values)
+    assert portable_recipe(recipe).keys() == dump_recipe(recipe).keys() - {"output", "tracking"}
+    stored = parse_recipe(shareable_recipe(recipe), "stored")
+    with pytest.raises(ConfigError, match=r"run folders hold no passwords.*Set MLFLOW_TRACKING_URI"):
+        with_tracking_uri(stored)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert with_tracking_uri(stored) == with_tracking_uri(recipe) == recipe

@@ -3,10 +3,15 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
@@ -14,7 +19,7 @@ from hyperscale.cli import main
 from hyperscale.config.run import Recipe
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
-from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
+from hyperscale.export.exporter import TrainedGenerator, _recover, export_bundles, restore_generator
 from hyperscale.export.peft_format import peft_limitation, require_peft_support
 from hyperscale.launch.local import train_in_process
 from tests import tiny
@@ -107,6 +112,58 @@ def test_a_new_bundle_takes_the_place_of_an_old_one_only_when_it_is_whole(
     export_bundles(trained, tmp_path, ["past"])
     assert before.keys() - {path.name for path in (tmp_path / "past").iterdir()} == {"of-old.txt"}
     assert [path.name for path in tmp_path.iterdir()] == ["past"]
+
+
+def test_bundles_name_the_revision_and_hold_no_secret(trained: TrainedGenerator, tmp_path: Path):
+    mlflow = trained.recipe.tracking.mlflow.model_copy(update={"uri": "postgresql://mlflow:hunter2@db/mlflow"})
+    recipe = trained.recipe.model_copy(
+        update={
+            "tracking": trained.recipe.tracking.model_copy(update={"mlflow": mlflow}),
+            "backbone": trained.recipe.backbone.model_copy(update={"revision": "abc123"}),
+        }
+    )
+    hub = {**trained.backbone, "is_local": False, "name": "owner/model"}
+    (bundle,) = export_bundles(replace(trained, recipe=recipe, backbone=hub), tmp_path, ["past"]).values()
+    assert [path.name for path in bundle.iterdir() if b"hunter2" in path.read_bytes()] == []
+    assert not {"output", "tracking"} & yaml.safe_load((bundle / "recipe.yaml").read_text()).keys()
+    assert json.loads((bundle / "adapter_config.json").read_text())["revision"] == "abc123"
+    assert read_manifest(bundle).backbone.revision == "abc123"
+    # A bundle of before has no revision, and is read.
+    file = bundle / "hyperscale.json"
+    values = json.loads(file.read_text())
+    del values["backbone"]["revision"]
+    file.write_text(json.dumps(values))
+    assert read_manifest(bundle).backbone.revision is None
+
+
+_REPLACER = """
+import os, signal, sys
+from pathlib import Path
+from hyperscale.export.exporter import _replace
+last, seen = int(sys.argv[3]), 0
+def kill_at(event, _arguments):
+    global seen
+    if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        seen += 1
+        if seen == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill_at)
+_replace(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_kill_while_a_bundle_is_replaced_loses_none(trained: TrainedGenerator, tmp_path: Path):
+    (bundle,) = export_bundles(trained, tmp_path, ["past"]).values()
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    ended = []
+    for operation in (1, 2, 3, 4, 5, 100):
+        built = shutil.copytree(bundle, tmp_path / f"built-{operation}")
+        command = [sys.executable, "-c", _REPLACER, str(built), str(bundle), str(operation)]
+        ended.append(subprocess.run(command, check=False).returncode)
+        _recover(bundle)
+        assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+        assert not bundle.with_name(".past.old").exists()
+    assert ended == [-signal.SIGKILL] * 5 + [0]
 
 
 def test_native_bundles_say_what_peft_cannot(run: Recipe, trained: TrainedGenerator, tmp_path: Path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
-from hyperscale.config.loading import dump_recipe
+from hyperscale.config.loading import portable_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.metrics import comparable, positive_answer
 from hyperscale.data.tasks import MetricName, Task
@@ -30,8 +30,6 @@ from hyperscale.training.callbacks import EvaluationRecord, StepRecord
 from hyperscale.training.evaluation import VALIDATION
 
 _SUFFIX = ".json.gz"
-_ELSEWHERE = ("output", "tracking")
-"""Parts of a recipe that say where a run leaves things, and nothing of what it does."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def record_run(recipe: Recipe, result: RunResult, split: str | None) -> RunRecor
     folder = recipe.output
     steps = [entry.record for entry in read_entries(folder) if isinstance(entry.record, StepRecord)]
     return RunRecord(
-        recipe=portable(recipe),
+        recipe=portable_recipe(recipe),
         validation=_main_scores(result),
         answers=_answers(folder, split) if split else {},
         trained_parameters=result.trained_parameters,
@@ -80,14 +78,9 @@ def record_run(recipe: Recipe, result: RunResult, split: str | None) -> RunRecor
     )
 
 
-def portable(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe has a run do, without where it leaves things."""
-    return {key: value for key, value in dump_recipe(recipe).items() if key not in _ELSEWHERE}
-
-
 def changed_setting(was: Recipe, now: Recipe) -> str | None:
     """Name the first setting in which two runs differ, and its values; None where they do the same."""
-    before, after = flatten(portable(was)), flatten(portable(now))
+    before, after = flatten(portable_recipe(was)), flatten(portable_recipe(now))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return f"{changed[0]} was {before.get(changed[0])}, is {after.get(changed[0])}" if changed else None
 

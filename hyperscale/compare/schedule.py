@@ -4,7 +4,6 @@ A run that has finished is not run again, one that was stopped goes on: a compar
 keeps of a finished run is a record (`run_record`); the run's folder is not needed any more then.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -213,9 +212,8 @@ def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: 
         "training.evaluate_test": comparison.split == "test" and seed in comparison.seeds,
         "export.enabled": False,
     }
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     try:
-        recipe = load_recipe(comparison.recipe, overrides, folder=Path(comparison.output).parent)
+        recipe = load_recipe(comparison.recipe, settings, folder=Path(comparison.folder))
     except ConfigError as error:
         raise ConfigError("\n".join(f"method {method}, {line}" for line in str(error).splitlines())) from error
     return Trial(method, learning_rate, seed, _runs_of(recipe, comparison.methods[method]))
@@ -278,7 +276,8 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
     file = output / "recipes" / f"{recipe.name}.yaml"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(render_recipe(recipe), encoding="utf-8")
+        file.touch(mode=0o600)  # it holds the recipe's secrets, for the process that trains it
+        file.write_text(render_recipe(dump_recipe(recipe)), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"output={output} cannot be written: {error.strerror}; choose another folder") from error
     try:

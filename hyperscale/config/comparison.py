@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
@@ -28,6 +28,8 @@ class Comparison(Section):
     trains once per seed of `seeds`. All runs have the recipe's steps, batch size and tasks.
     """
 
+    _folder: str = PrivateAttr(default="")
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = Field(min_length=1)
     """Folder of the runs and of the table, relative to this file."""
@@ -48,6 +50,11 @@ class Comparison(Section):
     """Rows of the final scores. Learning rates are always chosen on the validation rows."""
     resamples: int = Field(default=2000, ge=100)
     """Bootstrap samples of the intervals."""
+
+    @property
+    def folder(self) -> str:
+        """The folder of the comparison's file, where relative paths in `settings` begin."""
+        return self._folder
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -80,7 +87,9 @@ def load_comparison(path: Path) -> Comparison:
     recipe = str(beside) if beside.is_file() else comparison.recipe
     output = _below(folder, comparison.output)
     records = _below(folder, comparison.records) if comparison.records else str(Path(output) / "records")
-    return comparison.model_copy(update={"recipe": recipe, "output": output, "records": records})
+    resolved = comparison.model_copy(update={"recipe": recipe, "output": output, "records": records})
+    resolved._folder = str(folder)
+    return resolved
 
 
 def _below(folder: Path, path: str) -> str:

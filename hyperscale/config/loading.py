@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from hyperscale.config.problems import describe
 from hyperscale.config.run import Recipe
+from hyperscale.config.secrets import is_masked, without_credentials
 from hyperscale.config.yaml_file import read_mapping
 from hyperscale.errors import ConfigError, nearest
 
@@ -50,7 +51,13 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
+_ELSEWHERE = ("output", "tracking")
+"""Parts of a recipe that say where a run leaves things, and nothing of what it does."""
+
+
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] | Mapping[str, Any] = (), folder: Path | None = None
+) -> Recipe:
     """Read, override and check a recipe; every path in the result is absolute.
 
     Paths inside a recipe (backbone folder, task files, DeepSpeed JSON) are relative to the recipe's own folder, those
@@ -58,7 +65,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), folder: Path |
 
     Args:
         name_or_path: a YAML file or the name of a packaged recipe.
-        overrides: `dotted.key=value`, the value read as YAML. Those that choose a kind act first, whatever their order.
+        overrides: `dotted.key=value`, the value read as YAML, or a mapping of dotted keys to values. Those that choose
+            a kind act first, whatever their order.
         folder: where paths in overrides begin; by default the working directory.
 
     Raises:
@@ -67,9 +75,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), folder: Path |
     """
     path = find_recipe(name_or_path)
     raw = read_mapping(path, "a recipe", ConfigError)
-    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
-        _apply_override(raw, override)
-    return parse_recipe(_with_absolute_paths(raw, path.parent, overrides, folder or Path.cwd()), str(path), overrides)
+    texts = _apply_overrides(raw, overrides)
+    return parse_recipe(_with_absolute_paths(raw, path.parent, texts, folder or Path.cwd()), str(path), texts)
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
@@ -80,9 +87,8 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequenc
     """
     raw = dump_recipe(recipe)
     for key, value in changes.items():
-        _apply_override(raw, f"{key}={json.dumps(value)}")
-    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
-        _apply_override(raw, override)
+        _set_value(raw, key, value, f"{key}={value}")
+    _apply_overrides(raw, overrides)
     return parse_recipe(_with_absolute_paths(raw, Path.cwd(), overrides, Path.cwd()), where, overrides)
 
 
@@ -113,12 +119,61 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
-def render_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, to lie beside what it made."""
-    return yaml.safe_dump(dump_recipe(recipe), sort_keys=False, allow_unicode=True)
+def shareable_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as plain JSON values without secrets, for run folders and checkpoints."""
+    shareable: dict[str, Any] = without_credentials(dump_recipe(recipe))
+    return shareable
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def portable_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe has a run do, without where it leaves things and without secrets: for bundles, records."""
+    return {key: value for key, value in shareable_recipe(recipe).items() if key not in _ELSEWHERE}
+
+
+def render_recipe(values: Mapping[str, Any]) -> str:
+    """Return a recipe's plain values as YAML."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def with_tracking_uri(recipe: Recipe) -> Recipe:
+    """Give a recipe read from a run folder its MLflow password back, from the variable MLFLOW_TRACKING_URI.
+
+    Run folders hold no passwords. MLflow's own MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD serve for servers.
+
+    Raises:
+        ConfigError: `tracking.mlflow.uri` lacks its password and the variable does not have it.
+    """
+    mlflow = recipe.tracking.mlflow
+    uri = mlflow.uri
+    if uri is None or not mlflow.enabled or not is_masked(uri):
+        return recipe
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if without_credentials(known) == uri:
+        uri = known
+    elif uri.startswith("http") and os.environ.get("MLFLOW_TRACKING_PASSWORD"):
+        scheme, _, host = uri.partition("://***@")
+        uri = f"{scheme}://{host}"
+    else:
+        raise ConfigError(
+            f"tracking.mlflow.uri: run folders hold no passwords, so {uri} lacks its own. "
+            "Set MLFLOW_TRACKING_URI to the whole URI, or add tracking.mlflow.uri=… to the command"
+        )
+    tracking = recipe.tracking.model_copy(update={"mlflow": mlflow.model_copy(update={"uri": uri})})
+    return recipe.model_copy(update={"tracking": tracking})
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Change `raw` and return each override as text for messages, in the order given."""
+    if isinstance(overrides, Mapping):
+        given = [(key, value, f"{key}={json.dumps(value, ensure_ascii=False)}") for key, value in overrides.items()]
+    else:
+        given = [(*_read_override(override), override) for override in overrides]
+    for key, value, text in sorted(given, key=lambda one: not one[0].endswith(".kind")):
+        _set_value(raw, key, value, text)
+    return [text for _, _, text in given]
+
+
+def _read_override(override: str) -> tuple[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override '{override}' is not of the form dotted.key=value")
@@ -128,6 +183,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override '{override}': the value is not valid YAML") from error
     if isinstance(value, str):
         value = _number(value)
+    return key, value
+
+
+def _set_value(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
     node: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):

@@ -28,6 +28,8 @@ class BundleBackbone(Section):
     """The backbone that a bundle adapts."""
 
     name: str
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; bundles written before it was recorded have none."""
     digest: str
     dtype: Literal["bfloat16", "float32"]
     quantization: Literal["none", "int8"] = "none"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.checkpoint.store import Checkpoint
-from hyperscale.config.loading import parse_recipe, render_recipe
+from hyperscale.config.loading import parse_recipe, portable_recipe, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.tasks import Task
 from hyperscale.errors import BundleError, nearest
@@ -32,6 +32,7 @@ from hyperscale.training.evaluation import VALIDATION
 from hyperscale.version import __version__
 
 _logger = get_logger(__name__)
+_OLD = ".old"
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,35 @@ def _write_bundle(trained: TrainedGenerator, index: int, target: Path, format: s
             f"bundles cannot be written to {target.parent}: {error.strerror}; choose another folder"
         ) from error
     try:
+        _recover(target)
         _fill(trained, index, building, format)
         _open_to_readers(building)
-        if target.exists():
-            shutil.rmtree(target)
-        building.replace(target)
+        _replace(building, target)
     except OSError as error:
         raise BundleError(f"bundle {target} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def _replace(built: Path, target: Path) -> None:
+    """Put a finished bundle in the place of an earlier one, which is deleted only when the new one is there.
+
+    A kill between the two renames leaves the earlier bundle as `.<name>.old`; the next export puts it back first.
+    """
+    old = target.with_name(f".{target.name}{_OLD}")
+    _recover(target)
+    if target.exists():
+        target.rename(old)
+    built.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    old = target.with_name(f".{target.name}{_OLD}")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _open_to_readers(folder: Path) -> None:
@@ -166,10 +186,11 @@ def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> N
     weights, dtype = trained.weights_of(index), DTYPES[recipe.export.dtype]
     if format == "peft":
         base = trained.backbone["path"] if trained.backbone["is_local"] else trained.backbone["name"]
-        write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype)
+        revision = None if trained.backbone["is_local"] else recipe.backbone.revision
+        write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype, revision)
     else:
         write_native(folder, weights, dtype)
-    (folder / "recipe.yaml").write_text(render_recipe(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(render_recipe(portable_recipe(recipe)), encoding="utf-8")
     write_manifest(folder, _manifest(trained, index, format))
 
 
@@ -181,6 +202,7 @@ def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManif
         task=trained.tasks[index],
         backbone=BundleBackbone(
             name=trained.backbone["name"],
+            revision=recipe.backbone.revision,
             digest=trained.backbone["digest"],
             dtype=recipe.backbone.dtype,
             quantization=recipe.backbone.quantization,

@@ -61,14 +61,24 @@ def require_peft_support(site_map: SiteMap, architecture: Architecture) -> None:
 
 
 def write_peft(
-    folder: Path, weights: Weights, site_map: SiteMap, architecture: Architecture, base: str, dtype: torch.dtype
+    folder: Path,
+    weights: Weights,
+    site_map: SiteMap,
+    architecture: Architecture,
+    base: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` for the one task in `weights` (K = 1)."""
+    """Write `adapter_config.json` and `adapter_model.safetensors` for the one task in `weights` (K = 1).
+
+    `base` and `revision`: the folder or hub id of the base model, and which commit, tag or branch of it.
+    """
     require_peft_support(site_map, architecture)
     method = _method(site_map)
     config = {
         "task_type": "SEQ_2_SEQ_LM" if architecture.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         **method.config(weights, site_map, architecture),
     }

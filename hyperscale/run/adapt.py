@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.manifest import check_manifest
 from hyperscale.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
-from hyperscale.config.loading import change_recipe, parse_recipe
+from hyperscale.config.loading import change_recipe, parse_recipe, with_tracking_uri
 from hyperscale.config.run import Recipe
+from hyperscale.config.secrets import without_credentials
 from hyperscale.errors import ConfigError
 from hyperscale.export.exporter import restore_generator
 from hyperscale.model.generators.generator import with_new_tasks
@@ -51,16 +53,15 @@ def adapted_recipe(
             "tasks cannot change otherwise"
         )
     label = "-".join(Path(task).stem for task in files)
-    folder = Path(before.output)
+    folder = open_place(before.output)
     changes: Mapping[str, Any] = {
         "name": f"{before.name}-{label}",
-        "output": str(folder.with_name(f"{folder.name}-{label}")),
+        "output": str(folder.parent.child(f"{folder.name}-{label}")),
         "data.tasks": [*known, *files],
         "data.mixture.weights": [old_share / len(known)] * len(known) + [(1 - old_share) / len(files)] * len(files),
-        "start": {"checkpoint": str(Path(path).absolute()) if "://" not in path else path}
-        | {"known_tasks": len(known), "train": train},
+        "start": {"checkpoint": str(open_place(path))} | {"known_tasks": len(known), "train": train},
     }
-    return change_recipe(before, changes, overrides, "the adapted recipe")
+    return with_tracking_uri(change_recipe(before, changes, overrides, "the adapted recipe"))
 
 
 def begin_from_known_tasks(session: Session) -> list[Mapping[str, Any] | None]:
@@ -85,7 +86,7 @@ def begin_from_known_tasks(session: Session) -> list[Mapping[str, Any] | None]:
 
 def _origins(base: Checkpoint, known: int) -> list[Mapping[str, Any]]:
     """Return the run that made each task's weights, which may itself have left some untouched."""
-    own = {"recipe": base.recipe, "step": base.step}
+    own = {"recipe": without_credentials(base.recipe), "step": base.step}
     return [earlier or own for earlier in base.state.get("origins") or [None] * known]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from hyperscale.checkpoint.layout import RECIPE, open_place
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore
-from hyperscale.config.loading import dump_recipe, render_recipe
+from hyperscale.config.loading import dump_recipe, render_recipe, shareable_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import Share, TrainLoader
@@ -72,7 +72,7 @@ class TrainingRun:
         recipe = self.session.recipe
         if self.session.is_first:
             place = open_place(recipe.output).child(RECIPE)
-            place.fs.pipe_file(place.path, render_recipe(recipe).encode())
+            place.fs.pipe_file(place.path, render_recipe(shareable_recipe(recipe)).encode())
         if not self.evaluations:
             self._record(majority_record(self.session.corpus))
             if recipe.training.evaluate_untouched:
@@ -119,7 +119,7 @@ class TrainingRun:
                 "evaluations": [asdict(record) for record in self.evaluations],
                 "tracking": self._merged_tracking_state(),
             }
-            recipe = dump_recipe(self.session.recipe)
+            recipe = shareable_recipe(self.session.recipe)
             checkpoint = Checkpoint(step, self.session.engine.state(), state, self.session.manifest, recipe)
             path = self.session.store.save(checkpoint)
             for callback in self.callbacks:

@@ -146,6 +146,7 @@ def _open_backbone(
     settings = BackboneSettings.model_validate(
         {
             "name": backbone or manifest.backbone.name,
+            "revision": None if backbone else manifest.backbone.revision,
             "dtype": dtype or manifest.backbone.dtype,
             "quantization": manifest.backbone.quantization,
         }
