@@ -204,9 +204,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     verb("schema", commands.schema, "print the JSON schema of a recipe")
     verb("doctor", commands.doctor, "list what this machine has and what is missing")
 
-    track = verb("track", commands.track, "send a run's metrics.jsonl to MLflow, now or again")
+    track = verb("track", commands.track, "send the trackers what they lack of a run")
     track.add_argument("folder", help="the run folder")
-    track.add_argument("--uri", help="MLflow server or database (default: as the recipe says)")
+    track.add_argument("--to", metavar="NAME", help="one tracker (default: those that the recipe enables)")
+    track.add_argument("--uri", help="the tracker's server or database (default: the recipe's)")
     return parser, added
 
 

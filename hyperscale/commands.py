@@ -223,8 +223,8 @@ def doctor(_options: argparse.Namespace) -> int:
 
 
 def track(options: argparse.Namespace) -> int:
-    """Send a run's records to MLflow."""
-    from hyperscale.tracking.sync import sync_run
+    """Send the trackers what they lack of a run."""
+    from hyperscale.tracking import trackers
 
-    print(sync_run(options.folder, options.uri))
+    print("\n".join(trackers.track(options.folder, options.to, options.uri)))
     return 0

@@ -128,7 +128,7 @@ def test_sections_that_contradict_each_other_are_told_together(tmp_path: Path):
     ]
     path = write(tmp_path)
     assert "tasks lists movies more than once" in problems(path, "data.tasks=[movies, plural, movies]")[0]
-    assert "is relative to whatever folder a worker" in problems(path, "tracking.mlflow.uri=sqlite:///mlflow.db")[0]
+    assert "is relative to the folder in which a worker" in problems(path, "tracking.mlflow.uri=sqlite:///mlflow.db")[0]
     assert "MLflow no longer keeps runs in folders" in problems(path, "tracking.mlflow.uri=./mlruns")[0]
 
 

@@ -58,7 +58,7 @@ def test_one_process_trains_where_ray_mlflow_and_deepspeed_are_missing(project: 
     assert "small: 6 steps" in ended.stdout
     result = read_result(str(project / "run"))
     assert result.steps == 6
-    assert result.mlflow == {}
+    assert result.trackers == {}
     assert (project / "run/bundles/feeling/adapter_config.json").is_file()
     assert not (project / "mlflow.db").exists()
 

@@ -12,65 +12,83 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from hyperscale.config.tracking import MlflowSettings
+from hyperscale.config.tracking import TrackingSettings
 from hyperscale.errors import ConfigError, RunFolderError
-from hyperscale.tracking.jsonl import JsonlTracker
-from hyperscale.tracking.mlflow import MlflowTracker, record_end
-from hyperscale.tracking.sync import sync_run, sync_to_mlflow
+from hyperscale.tracking.trackers import record_end, track
 from hyperscale.training.callbacks import CheckpointRecord, RunOutcome
-from tests.tracked import make_evaluation, make_facts, make_step
+from tests.tracked import Recorded, make_evaluation, make_facts
 
 # MLflow 3.17 under SQLAlchemy 2.1.
-pytestmark = [
-    pytest.mark.usefixtures("nothing_is_left_behind"),
-    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+TAGS = {"git_commit": "f" * 40, "version.torch": "2.13"}
 
 
 def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((metric.step, metric.value) for metric in client.get_metric_history(run_id, key))
 
 
-def test_a_whole_run_in_mlflow_on_sqlite_and_its_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, folder, elsewhere = tmp_path / "runs", tmp_path / "runs" / "demo", tmp_path / "elsewhere"
-    for place in (folder, elsewhere):
-        place.mkdir(parents=True)
-    monkeypatch.chdir(elsewhere)
-    bundle = folder / "bundles" / "sst2"
-    bundle.mkdir(parents=True)
-    (bundle / "adapter_config.json").write_text("{}")
-    settings = MlflowSettings(experiment="team / demo", tags={"owner": "me"}, log_system_metrics=True)
-    tags = {"mlflow.source.git.commit": "f" * 40, "version.torch": "2.13"}
+def run_id_of(run: Recorded) -> str:
+    return str(run.state()["mlflow"]["run_id"])
 
-    tracker, mirror = MlflowTracker(settings, str(root), "key", tags), JsonlTracker(str(folder), "key")
-    for callback in (mirror, tracker):
-        callback.on_run_start(make_facts(folder))
-        callback.on_evaluation(make_evaluation(0, "majority", 50.0))
-        callback.on_evaluation(make_evaluation(0, "untouched", 40.0))
-        for step in range(1, 6):
-            callback.on_step(make_step(step))
-        callback.on_evaluation(make_evaluation(5))
-        callback.on_checkpoint(CheckpointRecord(5, "checkpoints/step-000005"))
-    state = dict(mirror.state()) | dict(tracker.state())
-    for callback in (mirror, tracker):
-        callback.on_run_end(RunOutcome("failed", 5, 3.0, message="worker killed"))
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
-    run = client.get_run(state["mlflow_run_id"])
-    assert run.info.status == "FAILED"
-    assert run.info.run_name == "demo"
-    assert run.data.params["training.steps"] == "100"
-    assert run.data.params["adaptation.adapters.0.kind"] == "lora"
-    assert len(run.data.params["training.note"]) == 6000
-    assert "hunter2" not in str(run.data.params)
-    assert run.data.tags["mlflow.source.git.commit"] == "f" * 40
-    assert run.data.tags["owner"] == "me"
-    assert run.data.tags["hyperscale.message"] == "worker killed"
-    assert run.data.tags["hyperscale.checkpoint"] == "checkpoints/step-000005"
+class FailedRun:
+    """A run on SQLite that failed at step 5, seen from another working directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder = root / "runs", root / "runs" / "demo"
+        self.settings = {"mlflow": {"experiment": "team / demo", "tags": {"owner": "me"}, "log_system_metrics": True}}
+        run = Recorded(self.folder, self.settings, tags=TAGS)
+        run.start(recipe=make_facts(self.folder).recipe | {"tracking": self.settings})
+        run.call("on_evaluation", make_evaluation(0, "majority", 50.0))
+        run.call("on_evaluation", make_evaluation(0, "untouched", 40.0))
+        run.step(1, 2, 3, 4, 5)
+        run.call("on_evaluation", make_evaluation(5))
+        run.call("on_checkpoint", CheckpointRecord(5, "checkpoints/step-000005"))
+        self.state = run.state()
+        run.end(RunOutcome("failed", 5, 3.0, message="worker killed"))
+        self.client = MlflowClient(tracking_uri=f"sqlite:///{self.root}/mlflow.db")
+        self.run_id = str(self.state["mlflow"]["run_id"])
+
+    def read(self) -> Any:
+        return self.client.get_run(self.run_id)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FailedRun]:
+    root = tmp_path_factory.mktemp("failed")
+    elsewhere, before = root / "elsewhere", Path.cwd()
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    try:
+        yield FailedRun(root)
+        assert list(elsewhere.iterdir()) == []
+    finally:
+        os.chdir(before)
+
+
+def test_a_failed_run_has_its_status_name_and_tags(failed: FailedRun) -> None:
+    run = failed.read()
+    assert (run.info.status, run.info.run_name) == ("FAILED", "demo")
+    tags = run.data.tags
+    assert tags["mlflow.source.git.commit"] == "f" * 40
+    assert (tags["owner"], tags["version.torch"]) == ("me", "2.13")
+    assert tags["hyperscale.message"] == "worker killed"
+    assert tags["hyperscale.checkpoint"] == "checkpoints/step-000005"
+
+
+def test_parameters_are_the_flat_recipe(failed: FailedRun) -> None:
+    params = failed.read().data.params
+    assert params["training.steps"] == "100"
+    assert params["adaptation.adapters.0.kind"] == "lora"
+    assert len(params["training.note"]) == 6000
+
+
+def test_metrics_have_their_stable_names(failed: FailedRun) -> None:
     expected = {
         "train/loss": 0.2,
         "train/sst2/loss": 0.1,
@@ -85,128 +103,140 @@ def test_a_whole_run_in_mlflow_on_sqlite_and_its_resume(tmp_path: Path, monkeypa
         "model/trained_parameters": 1000,
         "model/total_parameters": 100_000,
     }
-    assert {key: run.data.metrics[key] for key in expected} == pytest.approx(expected)
+    metrics = failed.read().data.metrics
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+
+
+def test_data_sets_and_artifacts_lie_where_they_should(failed: FailedRun) -> None:
+    run = failed.read()
     inputs = {entry.dataset.name: entry.dataset for entry in run.inputs.dataset_inputs}
     assert inputs["sst2"].digest == "d" * 36
     assert json.loads(inputs["sst2"].profile) == {"train": 67, "validation": 87}
-    assert run.info.artifact_uri.startswith(root.as_uri())
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"recipe.yaml"}
+    assert run.info.artifact_uri.startswith(failed.root.as_uri())
+    assert {file.path for file in failed.client.list_artifacts(failed.run_id)} == {"recipe.yaml"}
 
-    # The same run goes on from step 3 with one setting changed; points 4 and 5 come a second time.
-    recipe = dict(make_facts(folder).recipe) | {"training": {"steps": 200}, "seed": 7}
-    resumed = MlflowTracker(settings, str(root), "another key", tags)
-    resumed.on_run_start(make_facts(folder, start_step=3, tracking_state=state, recipe=recipe))
-    for step in (4, 5, 6):
-        resumed.on_step(make_step(step))
-    resumed.on_evaluation(make_evaluation(5))
-    while client.get_run(run.info.run_id).info.status != "RUNNING":
-        time.sleep(0.05)
-    resumed.on_run_end(RunOutcome("finished", 6, 3.0, bundles={"sst2": str(bundle)}))
-    assert resumed.state() == state
-    run = client.get_run(run.info.run_id)
-    assert run.info.status == "FINISHED"
-    assert (run.data.params["training.steps"], run.data.params["seed"]) == ("100", "7")
-    assert run.data.tags["hyperscale.changed_at_step_3"] == "training.steps=200"
-    assert {step for step, _ in history(client, run.info.run_id, "train/loss")} == set(range(1, 7))
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "bundles/sst2")] == [
-        "bundles/sst2/adapter_config.json"
-    ]
-    assert len(client.search_runs([run.info.experiment_id])) == 1
-    assert list(elsewhere.iterdir()) == []
 
-    # The JSONL, copied to an MLflow that has never seen the run, twice.
-    copy = MlflowSettings(uri=f"sqlite:///{tmp_path}/copy/mlflow.db")
-    first, second = (sync_to_mlflow(str(folder), copy, str(root)) for _ in range(2))
-    assert first.num_sent == 50
-    assert first.num_present == 0
-    assert (second.num_sent, second.num_present) == (0, first.num_sent)
-    assert first.reference == second.reference
-    copied = MlflowClient(tracking_uri=copy.uri)
-    there = copied.get_run(first.reference.run_id)
+def test_track_copies_a_run_once(failed: FailedRun, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/copy/mlflow.db"
+    first, second = (track(str(failed.folder), "mlflow", uri)[0] for _ in range(2))
+    assert first.startswith("mlflow: sent 50 values: ")
+    assert second.startswith("mlflow: sent 0 values: ")
+    copied = MlflowClient(tracking_uri=uri)
+    experiment = copied.get_experiment_by_name("team / demo")
+    (there,) = copied.search_runs([experiment.experiment_id])
     assert there.info.status == "FAILED"
     assert history(copied, there.info.run_id, "train/loss") == [(step, 1 / step) for step in range(1, 6)]
     assert there.data.params["training.steps"] == "100"
 
-    assert sync_run(str(folder), copy.uri).startswith("sent 0 values, 50 were there: ")
-    with pytest.raises(ConfigError, match="four slashes"):
-        sync_run(str(folder), "sqlite:///mlflow.db")
 
-    # Into the MLflow that has it: nothing to send.
-    known = sync_to_mlflow(str(folder), settings, str(root))
-    assert (known.num_sent, known.reference.run_id) == (0, run.info.run_id)
+def test_track_sends_nothing_to_the_mlflow_that_has_the_run(failed: FailedRun) -> None:
+    (line,) = track(str(failed.folder))
+    assert line.startswith(f"mlflow: sent 0 values: {failed.run_id} in ")
+    assert failed.read().info.status == "FAILED"
+
+
+def test_track_says_what_is_wrong(failed: FailedRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="four slashes"):
+        track(str(failed.folder), "mlflow", "sqlite:///mlflow.db")
+    with pytest.raises(ConfigError, match=r"no tracker 'mlfow'.*Did you mean 'mlflow'"):
+        track(str(failed.folder), "mlfow")
+    with pytest.raises(RunFolderError, match="holds no metrics"):
+        track(str(tmp_path / "none"))
+
+
+def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path: Path) -> None:
+    before = FailedRun(tmp_path)
+    bundle = before.folder / "bundles" / "sst2"
+    bundle.mkdir(parents=True)
+    (bundle / "adapter_config.json").write_text("{}")
+    # From step 3, with one setting changed; points 4 and 5 come a second time.
+    recipe = dict(make_facts(before.folder).recipe) | {"training": {"steps": 200}, "seed": 7}
+    resumed = Recorded(before.folder, before.settings, key="another key", tags=TAGS)
+    resumed.start(start_step=3, tracking_state=before.state, recipe=recipe)
+    resumed.step(4, 5, 6)
+    resumed.call("on_evaluation", make_evaluation(5))
+    while before.read().info.status != "RUNNING":
+        time.sleep(0.05)
+    resumed.end(RunOutcome("finished", 6, 3.0, bundles={"sst2": str(bundle)}))
+    assert run_id_of(resumed) == before.run_id
+    run, client = before.read(), before.client
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["training.steps"], run.data.params["seed"]) == ("100", "7")
+    assert "training.steps=200" in run.data.tags["hyperscale.changed_at_step_3"]
+    assert {step for step, _ in history(client, run.info.run_id, "train/loss")} == set(range(1, 7))
+    files = [file.path for file in client.list_artifacts(run.info.run_id, "bundles/sst2")]
+    assert files == ["bundles/sst2/adapter_config.json"]
+    assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
 def test_what_a_killed_process_had_not_sent_arrives_with_the_next_one(tmp_path: Path) -> None:
-    settings, root = MlflowSettings(artifacts=False), str(tmp_path)
-    opened, mirror = MlflowTracker(settings, root, "key", {}), JsonlTracker(str(tmp_path), "key")
-    for callback in (opened, mirror):
-        callback.on_run_start(make_facts(tmp_path))
-    opened.on_step(make_step(1))
-    opened.on_run_end(RunOutcome("failed", 1, 1.0))
-    # Steps 2 to 5 are in the mirror alone, as after a kill between the two; the run goes on from step 4.
-    for step in range(1, 5):
-        mirror.on_step(make_step(step))
-    mirror.on_evaluation(make_evaluation(4))
-    mirror.on_step(make_step(5))
+    folder, settings = tmp_path / "run", {"mlflow": {"artifacts": False}}
+    opened = Recorded(folder, settings)
+    opened.start()
+    opened.step(1)
+    opened.end(RunOutcome("failed", 1, 1.0))
+    # Steps 2 to 5 are in the file alone, as after a kill between the two; the run goes on from step 4.
+    journal = Recorded(folder, {})
+    journal.start(start_step=1, tracking_state=opened.state())
+    journal.step(2, 3, 4)
+    journal.call("on_evaluation", make_evaluation(4))
+    journal.step(5)
+    journal.end(RunOutcome("failed", 5, 1.0))
 
-    facts = make_facts(tmp_path, start_step=4, tracking_state=opened.state())
-    resumed = MlflowTracker(settings, root, "key", {})
-    resumed.on_run_start(facts)
-    resumed.on_step(make_step(6))
-    resumed.on_run_end(RunOutcome("finished", 6, 1.0))
-    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
-    run_id = str(resumed.state()["mlflow_run_id"])
+    resumed = Recorded(folder, settings)
+    resumed.start(start_step=4, tracking_state=opened.state())
+    resumed.step(6)
+    resumed.end(RunOutcome("finished", 6, 1.0))
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     # Once each, and nothing past the step that the run goes on from: it makes that anew.
-    assert history(client, run_id, "train/loss") == [(step, 1 / step) for step in (1, 2, 3, 4, 6)]
-    assert history(client, run_id, "eval/sst2/accuracy") == [(4, 80.0)]
-    mirror.on_run_end(RunOutcome("finished", 6, 1.0))
+    assert history(client, run_id_of(resumed), "train/loss") == [(step, 1 / step) for step in (1, 2, 3, 4, 6)]
+    assert history(client, run_id_of(resumed), "eval/sst2/accuracy") == [(4, 80.0)]
 
 
 def test_a_run_restarted_before_its_first_checkpoint_stays_one_run(tmp_path: Path) -> None:
-    settings, root = MlflowSettings(artifacts=False), str(tmp_path)
-    first = MlflowTracker(settings, root, "key", {})
-    first.on_run_start(make_facts(tmp_path))
-    second = MlflowTracker(settings, root, "key", {})
-    second.on_run_start(make_facts(tmp_path))
-    assert first.reference == second.reference
-    assert second.reference is not None
-    for tracker in (second, first):
-        tracker.on_run_end(RunOutcome("finished", 0, 1.0))
-    client = MlflowClient(tracking_uri=second.reference.uri)
-    client.update_run(second.reference.run_id, status="RUNNING")  # as a kill leaves it
-    record_end(settings, root, "key", RunOutcome("stopped", 3, 1.0, message="by its user"))
-    assert client.get_run(second.reference.run_id).info.status == "KILLED"
-    record_end(settings, root, "another key", RunOutcome("failed", 3, 1.0))
+    folder, settings = tmp_path / "run", {"mlflow": {"artifacts": False}}
+    first, second = Recorded(folder, settings), Recorded(folder, settings)
+    first.start()
+    second.start()
+    assert run_id_of(first) == run_id_of(second)
+    for run in (second, first):
+        run.end(RunOutcome("finished", 0, 1.0))
+    client, tracking = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), TrackingSettings.model_validate(settings)
+    known = run_id_of(second)
+    client.update_run(known, status="RUNNING")  # as a kill leaves it
+    record_end(tracking, str(tmp_path), "key", RunOutcome("stopped", 3, 1.0, message="by its user"))
+    assert client.get_run(known).info.status == "KILLED"
+    record_end(tracking, str(tmp_path), "another key", RunOutcome("failed", 3, 1.0))
 
     # Deleted in the UI between two starts: the run goes on under a new one.
-    deleted = second.reference.run_id
-    client.delete_run(deleted)
-    third = MlflowTracker(settings, root, "key", {})
-    third.on_run_start(make_facts(tmp_path, tracking_state=second.state()))
-    third.on_run_end(RunOutcome("finished", 0, 1.0))
-    assert third.state()["mlflow_run_id"] != deleted
-    assert len(client.search_runs([second.reference.experiment_id or ""])) == 1
+    client.delete_run(known)
+    third = Recorded(folder, settings)
+    third.start(tracking_state=second.state())
+    third.end(RunOutcome("finished", 0, 1.0))
+    assert run_id_of(third) != known
+    assert len(client.search_runs([str(third.state()["mlflow"]["experiment_id"])])) == 1
 
 
-def test_a_deleted_experiment_or_an_absent_server_is_one_clear_error(tmp_path: Path) -> None:
-    settings = MlflowSettings(experiment="gone")
+def test_a_deleted_experiment_is_one_clear_error(tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     client.delete_experiment(client.create_experiment("gone"))
+    run = Recorded(tmp_path / "run", {"mlflow": {"experiment": "gone"}})
     with pytest.raises(ConfigError, match="'gone' was deleted"):
-        MlflowTracker(settings, str(tmp_path), "key", {}).on_run_start(make_facts(tmp_path))
-    nobody = MlflowSettings(uri=f"http://127.0.0.1:{free_port()}")
-    started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"tracking.mlflow: http.*enabled=false") as caught:
-        MlflowTracker(nobody, str(tmp_path), "key", {}).on_run_start(make_facts(tmp_path))
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 15
+        run.start()
+    run.end(RunOutcome("failed", 0, 0.0))
+
+
+def test_a_place_that_cannot_be_used_is_one_clear_error_without_its_password(tmp_path: Path) -> None:
     (tmp_path / "damaged.db").write_text("this is no database, " * 100)
-    for uri in (f"sqlite:///{tmp_path}/damaged.db", "postgresql+nodriver://db/mlflow"):
-        with pytest.raises(ConfigError, match=r"tracking.mlflow: .* cannot be used") as caught:
-            MlflowTracker(MlflowSettings(uri=uri), str(tmp_path), "key", {}).on_run_start(make_facts(tmp_path))
+    nobody = f"http://someone:hunt/er@2@127.0.0.1:{free_port()}"
+    for uri in (nobody, f"sqlite:///{tmp_path}/damaged.db", "postgresql+nodriver://a:hunt/er@2@db/mlflow"):
+        run = Recorded(tmp_path / "run", {"mlflow": {"uri": uri}})
+        with pytest.raises(ConfigError, match=r"tracking.mlflow: .* cannot be used.*enabled=false") as caught:
+            run.start()
+        run.end(RunOutcome("failed", 0, 0.0))
         assert "\n" not in str(caught.value)
-    with pytest.raises(RunFolderError, match="holds no metrics"):
-        sync_to_mlflow(str(tmp_path / "none"), nobody, str(tmp_path))
+        assert "er@2" not in str(caught.value)
+        assert caught.value.__suppress_context__
 
 
 def free_port() -> int:
@@ -244,54 +274,70 @@ def kill_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_a_killed_server_holds_up_no_step_and_gets_everything_when_it_is_back(tmp_path: Path) -> None:
     port = free_port()
-    settings = MlflowSettings(uri=f"http://127.0.0.1:{port}")
-    tracker, mirror = MlflowTracker(settings, str(tmp_path), "key", {}), JsonlTracker(str(tmp_path / "run"), "key")
-    longest = 0.0
-
-    def train(steps: range) -> None:
-        nonlocal longest
-        for step in steps:
-            started = time.monotonic()
-            tracker.on_step(make_step(step))
-            longest = max(longest, time.monotonic() - started)
-            mirror.on_step(make_step(step))
-            time.sleep(0.02)
-
+    settings = {"mlflow": {"uri": f"http://127.0.0.1:{port}"}}
+    run = Recorded(tmp_path / "run", settings)
     with mlflow_server(tmp_path, port) as server:
-        for callback in (tracker, mirror):
-            callback.on_run_start(make_facts(tmp_path / "run"))
-        train(range(1, 21))
+        run.start()
+        run.step(*range(1, 21))
         kill_group(server)
-        train(range(21, 101))
+        started = time.monotonic()
+        run.step(*range(21, 101))
+        assert time.monotonic() - started < 30  # each of 80 calls would wait 5 s for the server
     with mlflow_server(tmp_path, port) as server:
-        client = MlflowClient(tracking_uri=settings.uri)
-        run_id = tracker.state()["mlflow_run_id"]
-        deadline = time.monotonic() + 40
-        while len(client.get_metric_history(run_id, "train/loss")) < 100 and time.monotonic() < deadline:
-            time.sleep(0.2)
+        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        run_id = run_id_of(run)
+        wait_for(lambda: len(client.get_metric_history(run_id, "train/loss")) >= 100)
         assert history(client, run_id, "train/loss") == [(step, 1 / step) for step in range(1, 101)]
 
         # This time it does not die but answers nothing any more, like a host behind a broken network.
         os.killpg(server.pid, signal.SIGSTOP)
-        train(range(101, 121))
-        outcome = RunOutcome("finished", 120, 9.0)
+        run.step(*range(101, 121))
         started = time.monotonic()
-        tracker.on_run_end(outcome)
-        waited = time.monotonic() - started
-        mirror.on_run_end(outcome)
-        assert longest < 0.1
-        assert waited < 20
+        run.end(RunOutcome("finished", 120, 9.0))
+        assert time.monotonic() - started < 100  # the limit of a tracker that answers is 300 s
 
-        # A resume starts meanwhile; the JSONL brings what was lost.
-        resumed = MlflowTracker(settings, str(tmp_path), "key", {})
-        resumed.on_run_start(make_facts(tmp_path / "run", start_step=100, tracking_state=tracker.state()))
+        # A resume starts meanwhile; `track` brings what was lost.
+        resumed = Recorded(tmp_path / "run", settings)
+        resumed.start(start_step=100, tracking_state=run.state())
+        resumed.step(*range(101, 121))
         os.killpg(server.pid, signal.SIGCONT)
-        report = sync_to_mlflow(str(tmp_path / "run"), settings, str(tmp_path))
-        assert report.reference.run_id == run_id
-        assert report.num_sent + report.num_present >= 120 * 5
-        assert {step for step, _ in history(client, run_id, "train/loss")} == set(range(1, 121))
-        resumed.on_run_end(RunOutcome("finished", 120, 1.0))
+        resumed.end(RunOutcome("finished", 120, 1.0))
+        track(str(tmp_path / "run"))
+        assert run_id_of(resumed) == run_id
+        assert [step for step, _ in history(client, run_id, "train/loss")] == list(range(1, 121))
         assert client.get_run(run_id).info.status == "FINISHED"
-    print(f"longest call {longest * 1000:.2f} ms; end of the run without an answer {waited:.1f} s")
+
+
+def test_no_secret_reaches_a_run_folder_or_a_server(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, folder = free_port(), tmp_path / "run"
+    uri = f"http://someone:hunt%2Fer2@127.0.0.1:{port}"
+    run = Recorded(folder, {"mlflow": {"uri": uri}})
+    place = tmp_path / "server"
+    place.mkdir()
+    with mlflow_server(place, port):
+        run.start()
+        run.step(1, 2)
+        run.end(RunOutcome("failed", 2, 1.0, message=f"no answer from {uri}/api"))
+        # The records have lost the password: the environment or --uri brings it.
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with pytest.raises(ConfigError, match=r"keep no password.*--uri.*MLFLOW_TRACKING_URI"):
+            track(str(folder))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        lines = track(str(folder)) + track(str(folder), "mlflow", uri)
+        assert [line.startswith("mlflow: sent 0 values: http") for line in lines] == [True, True]
+    printed = "".join(capfd.readouterr()) + "".join(lines) + json.dumps(run.state())
+    assert "er2@" not in printed
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"metrics.jsonl", "server.db", "recipe.yaml", "server.log"} <= {path.name for path in files}
+    assert [path for path in files if b"hunt%2Fer2" in path.read_bytes()] == []

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWar
 OPEN = """
 import sys, time
 from hyperscale.config.tracking import MlflowSettings
-from hyperscale.tracking.mlflow import open_run
+from hyperscale.tracking.mlflow_run import open_run
 
 root, key, start = sys.argv[1:]
 time.sleep(max(0.0, float(start) - time.time()))

@@ -89,7 +89,7 @@ def test_a_submitted_job_trains_and_leaves_everything_in_the_run_folder(cluster:
     assert not (output / "ray").exists()
     assert (output / "run.lock").read_text() == ""
 
-    found = MlflowClient(f"sqlite:///{project}/mlflow.db").get_run(result.mlflow["mlflow_run_id"])
+    found = MlflowClient(f"sqlite:///{project}/mlflow.db").get_run(result.trackers["mlflow"]["run_id"])
     assert found.info.status == "FINISHED"
     assert found.data.tags["hyperscale.launcher"] == "ray"
 

@@ -128,8 +128,8 @@ def test_a_resumed_run_is_one_run_to_those_who_listen(runs: Runs):
     starts = [entry for entry in lines(runs.resumed.output) if entry["event"] == "run_start"]
     assert [entry["start_step"] for entry in starts] == [0, SAVED_AT]
     assert len({entry["run_key"] for entry in starts}) == 1
-    before = load_checkpoint(str(runs.killed / "checkpoints/step-000003")).state["tracking"]["mlflow_run_id"]
-    ids = [result.mlflow["mlflow_run_id"] for result in runs.results]
+    before = load_checkpoint(str(runs.killed / "checkpoints/step-000003")).state["tracking"]["mlflow"]["run_id"]
+    ids = [result.trackers["mlflow"]["run_id"] for result in runs.results]
     assert ids[1] == before != ids[0]
 
 

@@ -1,11 +1,14 @@
-"""What every tracker needs: settings, parameters, provenance, the JSONL mirror and the outbox."""
+"""What every tracker needs: settings, parameters, provenance, the file of the run and the pusher."""
 
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,16 +16,22 @@ import fsspec
 import pytest
 from pydantic import ValidationError
 
-from hyperscale.config.tracking import MlflowSettings, TrackingSettings
+import hyperscale
+from hyperscale.config.tracking import TRACKER_SETTINGS, MlflowSettings, TrackingSettings
 from hyperscale.errors import ConfigError, RunFolderError
-from hyperscale.tracking.jsonl import JsonlTracker, read_entries
+from hyperscale.run.context import read_result
+from hyperscale.run.session import LastStep, notifying_listeners
+from hyperscale.tracking.jsonl import Entry, JsonlTracker, read_entries
 from hyperscale.tracking.mlflow import tracking_uri
-from hyperscale.tracking.outbox import Outbox
 from hyperscale.tracking.params import flatten
 from hyperscale.tracking.provenance import git_commit, package_versions
-from hyperscale.training.callbacks import CheckpointRecord, RunOutcome, StepRecord
-from tests.tracked import SECRET, make_evaluation, make_facts, make_step, read_lines
+from hyperscale.tracking.pusher import Pusher
+from hyperscale.tracking.trackers import TRACKERS, register_tracker
+from hyperscale.training.callbacks import CheckpointRecord, RunFacts, RunOutcome, StepRecord
+from tests.csv_tracker import CsvSettings
+from tests.tracked import SECRET, Recorded, make_evaluation, make_facts, make_step, read_lines
 
+RESULTS_OF_OLD_RUNS = {"run/context.py"}  # reads the `mlflow` key of a result.json of an earlier version
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
 
@@ -36,6 +45,15 @@ def test_settings_refuse_uris_that_mean_something_else_on_another_machine() -> N
     assert tracking_uri(MlflowSettings(), "/data/runs/") == "sqlite:////data/runs/mlflow.db"
     with pytest.raises(ConfigError, match=r"tracking.mlflow.uri"):
         tracking_uri(MlflowSettings(), "s3://bucket/runs")
+
+
+def test_a_uri_takes_its_password_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = MlflowSettings(uri="postgresql://me:${TRACKING_WORD}@db/mlflow")
+    monkeypatch.delenv("TRACKING_WORD", raising=False)
+    with pytest.raises(ConfigError, match="variable TRACKING_WORD is not set"):
+        tracking_uri(settings, "/runs")
+    monkeypatch.setenv("TRACKING_WORD", "hunter2")
+    assert tracking_uri(settings, "/runs") == "postgresql://me:hunter2@db/mlflow"
 
 
 def test_parameters_are_flat() -> None:
@@ -148,33 +166,139 @@ def test_jsonl_faults_are_told_at_the_start_and_never_raised_later(tmp_path: Pat
     assert len(steps) < 45
 
 
-def test_outbox_keeps_order_retries_what_passes_and_drops_what_never_will() -> None:
-    got: list[int] = []
-    faults = [ConnectionError("away"), ConnectionError("away")]
+class Place:
+    """A tracker in memory that can be away, and that refuses step 13."""
 
-    def deliver(items: list[int]) -> None:
-        if faults:
-            raise faults.pop()
-        if 13 in items:
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.faults = 0
+        self.is_away = False
+
+    def open(self, facts: RunFacts, run_key: str, live: bool) -> None: ...
+
+    def push(self, entries: Sequence[Entry], may_be_there: bool) -> int:
+        if self.is_away or self.faults > 0:
+            self.faults -= 1
+            raise ConnectionError("http://me:hunter2@host is away")
+        steps = [entry.step for entry in entries if isinstance(entry.record, StepRecord)]
+        if 13 in steps:
             raise ValueError("never")
-        got.extend(items)
+        self.got += steps
+        return len(steps)
 
-    box: Outbox[int] = Outbox(deliver, lambda error: isinstance(error, ConnectionError), "test", batch=5)
-    box.put([1, 2, 3])
-    box.call(lambda: got.append(-1))
-    box.put([4])
-    while -1 not in got:
-        time.sleep(0.01)
-    box.put([13])
-    box.call(lambda: got.append(-2))
-    assert box.close(patience=5, limit=5) == 1
-    assert got == [1, 2, 3, -1, 4, -2]
+    def is_temporary(self, error: Exception) -> bool:
+        return isinstance(error, ConnectionError)
 
-    def never(items: list[int]) -> None:
-        raise ConnectionError(f"{len(items)} items")
+    def state(self) -> dict[str, str]:
+        return {"where": "memory"}
 
-    away: Outbox[int] = Outbox(never, bool, "nobody", capacity=10)
-    away.put(range(25))
+    def close(self) -> None: ...
+
+    def record_end(self, run_key: str, outcome: RunOutcome) -> None: ...
+
+    def record_comparison(self, name: str, metrics: object, files: object) -> None: ...
+
+
+def push_steps(folder: Path, place: Place, steps: int, patience: float) -> float:
+    """Record a run and return how long its end took."""
+    journal = JsonlTracker(str(folder), "key")
+    pusher = Pusher("memory", place, journal, patience)
+    for listener in (journal, pusher):
+        listener.on_run_start(make_facts(folder))
+    for step in range(1, steps + 1):
+        for listener in (journal, pusher):
+            listener.on_step(make_step(step))
     started = time.monotonic()
-    assert away.close(patience=0.3, limit=60) == 25
-    assert time.monotonic() - started < 2
+    for listener in (journal, pusher):
+        listener.on_run_end(RunOutcome("finished", steps, 1.0))
+    return time.monotonic() - started
+
+
+def test_a_pusher_keeps_order_repeats_what_is_temporary_and_skips_what_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place()
+    place.faults = 2
+    push_steps(tmp_path, place, 500, patience=60)
+    assert place.got == [step for step in range(1, 501) if step != 13]
+    assert caplog.text.count("memory refused a record: never") == 1
+    assert caplog.text.count("does not answer") == 1
+    assert "hunter2" not in caplog.text
+    assert f"hyperscale track {tmp_path} --to memory" in caplog.text
+
+
+def test_a_pusher_does_not_wait_for_a_place_that_is_away(tmp_path: Path) -> None:
+    place = Place()
+    place.is_away = True
+    assert push_steps(tmp_path, place, 5, patience=0.3) < 30  # the limit of a place that answers is 300 s
+    assert place.got == []
+    assert len(read_lines(tmp_path)) == 7
+
+
+def test_listeners_that_started_learn_how_the_run_ended() -> None:
+    class Listener(LastStep):
+        def __init__(self, fails: bool = False) -> None:
+            super().__init__(0)
+            self.fails, self.ends = fails, list[RunOutcome]()
+
+        def on_run_start(self, facts: RunFacts) -> None:
+            if self.fails:
+                raise ConfigError("no answer from http://me:hunter2@host")
+
+        def on_run_end(self, outcome: RunOutcome) -> None:
+            self.ends.append(outcome)
+
+    class Run:
+        last_step = 95
+
+        def __init__(self, *callbacks: Listener) -> None:
+            self.callbacks = callbacks
+
+        def facts(self) -> None: ...
+
+    first, broken, third = Listener(), Listener(fails=True), Listener()
+    with pytest.raises(ConfigError), notifying_listeners(Run(first, broken, third)):
+        raise AssertionError("the run must not start")
+    ((one,), (two,)) = first.ends, broken.ends
+    assert one == two
+    assert (one.status, one.step, one.message) == ("failed", 95, "no answer from http://***@host")
+    assert third.ends == []
+
+
+def test_nothing_outside_its_own_files_names_a_tracker() -> None:
+    package = Path(hyperscale.__file__).parent
+    allowed = {"config/tracking.py", *(f"tracking/{path.name}" for path in (package / "tracking").glob("*.py"))}
+    named = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search("mlflow|wandb|weights & biases", path.read_text(encoding="utf-8"), re.IGNORECASE)
+    }
+    assert named - allowed == RESULTS_OF_OLD_RUNS
+
+
+def test_a_result_from_before_the_table_of_trackers_is_read(tmp_path: Path) -> None:
+    old = {"name": "a", "folder": str(tmp_path), "steps": 1, "seconds": 1.0, "evaluations": []}
+    flat = {"mlflow_uri": "sqlite:////runs/mlflow.db", "mlflow_experiment_id": "1", "mlflow_run_id": "abc"}
+    (tmp_path / "result.json").write_text(json.dumps(old | {"mlflow": flat}))
+    place = read_result(str(tmp_path)).trackers["mlflow"]
+    assert (place["run_id"], place["title"]) == ("abc", "MLflow")
+
+
+def test_a_tracker_of_another_package_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (TRACKERS, TRACKER_SETTINGS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    register_tracker("csv", "tests.csv_tracker:CsvTracker", CsvSettings)
+    file = tmp_path / "steps.csv"
+    run = Recorded(tmp_path / "run", {"csv": {"enabled": True, "file": str(file)}})
+    run.start()
+    run.step(1, 2)
+    assert run.state()["csv"]["where"] == str(file)
+    run.end(RunOutcome("finished", 2, 1.0))
+    assert file.read_text() == "step,loss\n1,1.0\n2,0.5\n"
+    with pytest.raises(ValidationError, match=r"csv.fil: Extra inputs"):
+        TrackingSettings.model_validate({"csv": {"file": "x", "fil": "x"}})
+    with pytest.raises(ValidationError, match="unknown key 'mlfow'; allowed: mlflow, wandb, progress, csv"):
+        TrackingSettings.model_validate({"mlfow": {}})
+    dumped = TrackingSettings.model_validate({"csv": {"file": "x"}}).model_dump(mode="json")
+    assert dumped["csv"] == {"enabled": False, "file": "x"}
+    assert TrackingSettings.model_validate(dumped).model_dump(mode="json") == dumped

@@ -1,11 +1,14 @@
-"""Records of a run as a trainer tells them, for the tests of what writes them down."""
+"""Records of a run as a trainer makes them, for the tests of what writes them down."""
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hyperscale.training.callbacks import EvaluationRecord, RunFacts, StepRecord
+from hyperscale.config.tracking import TrackingSettings
+from hyperscale.tracking.trackers import open_trackers
+from hyperscale.training.callbacks import Callback, EvaluationRecord, RunFacts, StepRecord
 
 SECRET = "postgresql://someone:hunter2@db:5432/mlflow"
 
@@ -58,3 +61,35 @@ def make_evaluation(step: int, stage: str = "validation", score: float = 80.0) -
 
 def read_lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Recorded:
+    """A run's listeners, called as the trainer calls them."""
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, object], key: str = "key", tags: Mapping[str, str] | None = None
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tracking = TrackingSettings.model_validate({"mlflow": {"enabled": False}} | dict(settings))
+        self.folder = folder
+        self.listeners: Sequence[Callback] = open_trackers(tracking, str(folder), str(folder.parent), key, tags or {})
+        self.recipe = dict(make_facts(folder).recipe) | {"tracking": tracking.model_dump(mode="json")}
+
+    def start(self, **changes: object) -> None:
+        for listener in self.listeners:
+            listener.on_run_start(make_facts(self.folder, **({"recipe": self.recipe} | changes)))
+
+    def step(self, *steps: int) -> None:
+        for step in steps:
+            for listener in self.listeners:
+                listener.on_step(make_step(step))
+
+    def call(self, method: str, record: object) -> None:
+        for listener in self.listeners:
+            getattr(listener, method)(record)
+
+    def state(self) -> dict[str, object]:
+        return {key: value for listener in self.listeners for key, value in listener.state().items()}
+
+    def end(self, outcome: object) -> None:
+        self.call("on_run_end", outcome)

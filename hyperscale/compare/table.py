@@ -127,7 +127,7 @@ def _scores(task: str, answers: Sequence[Mapping[str, TaskAnswers]], rows: NDArr
 
 
 def publish(outcome: Outcome) -> str:
-    """Write `comparison.md` and `comparison.json` beside the runs, tell MLflow, and return the Markdown."""
+    """Write `comparison.md` and `comparison.json` beside the runs and in the trackers; return the Markdown."""
     summaries = summarise(outcome)
     text, output = markdown(outcome, summaries), Path(outcome.comparison.output)
     files = [output / "comparison.md", output / "comparison.json"]
@@ -140,8 +140,7 @@ def publish(outcome: Outcome) -> str:
     files[0].write_text(text, encoding="utf-8")
     files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     recipe = next(iter(outcome.final.values()))[0].trial.recipes[0]
-    if recipe.tracking.mlflow.enabled:
-        record_comparison_run(recipe, outcome.comparison.name, metrics(summaries), files)
+    record_comparison_run(recipe, outcome.comparison.name, metrics(summaries), files)
     return text
 
 

@@ -1,20 +1,40 @@
-"""Who is told about the run. The JSONL mirror in the run folder is always written and has no switch."""
+"""Where a run is recorded. `metrics.jsonl` in the run folder is always written and has no switch."""
 
 from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from hyperscale.config.plugins import Registry
+from hyperscale.config.secrets import without_credentials
 from hyperscale.config.section import Section
 
 
-class MlflowSettings(Section):
-    """Where the run is recorded for comparison."""
+class TrackerSettings(Section):
+    """What every tracker has. A tracker from another package derives its settings from this."""
+
+    package: ClassVar[str] = ""
+    """The package that the tracker needs."""
+
+    enabled: bool = False
+
+    def several_nodes_problem(self) -> str | None:
+        """Say why the tracker cannot serve a run on several nodes, or return None."""
+        return None
+
+
+class MlflowSettings(TrackerSettings):
+    """A run in MLflow."""
+
+    package: ClassVar[str] = "mlflow"
 
     enabled: bool = True
     uri: str | None = None
     """An MLflow server (`http://host:5000`) or database (`sqlite:////absolute/path.db`, `postgresql://…`);
-    null = `mlflow.db` beside the run folder. Several nodes need a server or a shared database."""
+    null = `mlflow.db` beside the run folder. Several nodes need a server or a shared database. `${NAME}` stands for an
+    environment variable: `postgresql://mlflow:${MLFLOW_PASSWORD}@host/mlflow`. Records keep no password."""
     experiment: str = Field(default="hyperscale", min_length=1, max_length=500)
     run_name: str | None = None
     """null = the recipe's `name`."""
@@ -32,15 +52,38 @@ class MlflowSettings(Section):
         parts = urlsplit(uri)
         if parts.scheme in ("", "file"):
             raise ValueError(
-                f"'{uri}' is a folder, and MLflow no longer keeps runs in folders; "
+                f"'{without_credentials(uri)}' is a folder, and MLflow no longer keeps runs in folders; "
                 "use sqlite:////absolute/path/mlflow.db, a server's URL, or null"
             )
         if parts.scheme == "sqlite" and not parts.path.startswith("//"):
             raise ValueError(
-                f"'{uri}' is relative to whatever folder a worker happens to run in; "
+                f"'{without_credentials(uri)}' is relative to the folder in which a worker runs; "
                 "write sqlite:////absolute/path/mlflow.db (four slashes), or null"
             )
         return uri
+
+    def several_nodes_problem(self) -> str | None:
+        if self.uri is not None and not self.uri.startswith("sqlite:"):
+            return None
+        return (
+            "tracking.mlflow.uri: an SQLite file cannot be written from several nodes. Set it to an MLflow server "
+            "(http://host:5000), or set tracking.mlflow.enabled=false"
+        )
+
+
+class WandbSettings(TrackerSettings):
+    """A run in Weights & Biases; needs `pip install hypernet-scale[wandb]`. The API key comes from `WANDB_API_KEY`."""
+
+    package: ClassVar[str] = "wandb"
+
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes to a folder, which `wandb sync` uploads later."""
+    project: str = Field(default="hyperscale", min_length=1, max_length=128)
+    entity: str | None = None
+    run_name: str | None = None
+    """null = the recipe's `name`."""
+    folder: str | None = None
+    """An absolute path for W&B's local files; null = `wandb` beside the run folder."""
 
 
 class ProgressSettings(Section):
@@ -53,8 +96,41 @@ class ProgressSettings(Section):
     """Without a terminal: a line every so many steps instead."""
 
 
+TRACKER_SETTINGS: Registry[type[TrackerSettings]] = Registry("tracker", "hyperscale.trackers", {})
+"""Settings of the trackers from other packages; `register_tracker` fills it."""
+
+
 class TrackingSettings(Section):
-    """Everything that listens to the run."""
+    """Everything that records or shows the run. Trackers of other packages have their settings under their own name."""
+
+    model_config = ConfigDict(extra="allow")
 
     mlflow: MlflowSettings = MlflowSettings()
+    wandb: WandbSettings = WandbSettings()
     progress: ProgressSettings = ProgressSettings()
+
+    __pydantic_extra__: dict[str, SerializeAsAny[Any]]
+
+    @model_validator(mode="after")
+    def _others_are_registered(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            settings = TRACKER_SETTINGS.find(name)
+            if settings is None:
+                known = ", ".join([*type(self).model_fields, *TRACKER_SETTINGS])
+                raise PydanticCustomError("unknown_tracker", f"unknown key '{name}'; allowed: {known}")
+            try:
+                self.__pydantic_extra__[name] = settings.model_validate(value)
+            except ValidationError as error:
+                first = error.errors()[0]
+                path = ".".join(str(part) for part in (name, *first["loc"]))
+                raise PydanticCustomError("tracker_settings", f"{path}: {first['msg']}") from error
+        return self
+
+    def trackers(self) -> dict[str, TrackerSettings]:
+        """Return the settings of every tracker by name, of those not enabled too."""
+        values = {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
+        return {name: value for name, value in values.items() if isinstance(value, TrackerSettings)}
+
+    def enabled_trackers(self) -> dict[str, TrackerSettings]:
+        """Return the settings of the trackers that record the run."""
+        return {name: settings for name, settings in self.trackers().items() if settings.enabled}

@@ -10,11 +10,12 @@ import torch
 
 from hyperscale.assets.cache import cache_root
 from hyperscale.tracking.provenance import package_versions
+from hyperscale.tracking.trackers import needed_packages
 
 _NEEDED_FOR = {
     "deepspeed": "engine.kind=zero",
     "ray": "--launcher ray and submit",
-    "mlflow": "tracking.mlflow.enabled=true",
+    **needed_packages(),
 }
 
 

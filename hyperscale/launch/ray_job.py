@@ -15,7 +15,7 @@ from hyperscale.config.loading import find_recipe
 from hyperscale.errors import ConfigError, ResourceError
 
 _STOP = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
-"""`ray job stop` sends SIGTERM and kills after 3 s by default: too short to close the MLflow run."""
+"""`ray job stop` sends SIGTERM and kills after 3 s by default: too short to close the trackers."""
 
 
 def submit_job(address: str, arguments: Sequence[str], working_dir: Path | None, follow: bool) -> int:

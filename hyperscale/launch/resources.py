@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.run import Recipe
+from hyperscale.tracking import trackers
 
 
 def asked_resources(cluster: ClusterSettings) -> dict[str, float]:
@@ -56,13 +57,7 @@ def several_nodes_problem(recipe: Recipe, blind_nodes: Sequence[str]) -> str | N
             f"output={recipe.output} is private to this node: {', '.join(sorted(blind_nodes))} cannot see it. "
             "Use a folder that all nodes mount (NFS, a shared volume) or a URI such as s3://bucket/run"
         )
-    uri = recipe.tracking.mlflow.uri
-    if recipe.tracking.mlflow.enabled and (uri is None or uri.startswith("sqlite:")):
-        return (
-            "tracking.mlflow.uri: an SQLite file cannot be written from several nodes. Set it to an MLflow server "
-            "(http://host:5000), or set tracking.mlflow.enabled=false"
-        )
-    return None
+    return trackers.several_nodes_problem(recipe.tracking)
 
 
 def ephemeral_output_problem(output: str) -> str | None:

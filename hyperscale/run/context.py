@@ -11,6 +11,7 @@ from hyperscale.checkpoint.layout import open_place
 from hyperscale.errors import HyperscaleError
 from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.provenance import git_commit
+from hyperscale.tracking.trackers import places_of_old_result
 
 RESULT = "result.json"
 
@@ -20,7 +21,7 @@ class RunIdentity:
     """What stays the same over all restarts of a run's workers; made once, where the command was given."""
 
     key: str
-    """Finds the run again in MLflow, even where no checkpoint had been written yet."""
+    """Finds the run again in every tracker, even where no checkpoint had been written yet."""
     commit: str | None
     """The git commit of the working directory."""
 
@@ -66,8 +67,8 @@ class RunResult:
     """`EvaluationRecord`s as plain values: untouched, majority, and the run's own, in order."""
     bundles: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str = ""
-    mlflow: Mapping[str, str] = field(default_factory=dict)
-    """`uri`, `experiment_id`, `run_id`; empty without MLflow."""
+    trackers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """tracker -> what finds the run there; `title`, `where` and `command` are for people."""
     trained_parameters: int = 0
     total_parameters: int = 0
 
@@ -99,4 +100,6 @@ def read_result(folder: str) -> RunResult:
         values = json.loads(place.fs.cat_file(place.path))
     except FileNotFoundError as error:
         raise HyperscaleError(f"{folder} holds no finished run: there is no {RESULT}") from error
+    if "mlflow" in values:
+        values["trackers"] = places_of_old_result(values.pop("mlflow"))
     return RunResult(**{**values, "evaluations": tuple(values["evaluations"])})

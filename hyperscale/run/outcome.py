@@ -4,7 +4,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,11 +15,8 @@ from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
 from hyperscale.run.context import RunResult
 from hyperscale.terminal.report import RunSummary, all_scores_table, final_table, print_report
-from hyperscale.tracking.places import mlflow_place
 from hyperscale.training.callbacks import EvaluationRecord
 from hyperscale.training.evaluation import MAJORITY, UNTOUCHED, VALIDATION
-
-_SQLITE = "sqlite:///"
 
 
 def show(result: RunResult) -> None:
@@ -28,8 +25,8 @@ def show(result: RunResult) -> None:
     places = {"run folder": _nearby(result.folder), "checkpoint": _nearby(result.checkpoint)}
     if result.bundles:
         places["bundles"] = _nearby(str(open_place(next(iter(result.bundles.values()))).parent))
-    if result.mlflow:
-        places["MLflow run"] = _mlflow_run(result.mlflow)
+    for name, place in result.trackers.items():
+        places[f"{place.get('title', name)} run"] = _nearby_within(place.get("where", ""))
     share = 100 * result.trained_parameters / result.total_parameters
     places["trained"] = f"{result.trained_parameters:,} of {result.total_parameters:,} parameters ({share:.2f} %)"
     summary = RunSummary(
@@ -58,13 +55,6 @@ def _last(records: Sequence[EvaluationRecord], stage: str) -> EvaluationRecord |
     return next((record for record in reversed(records) if record.stage == stage), None)
 
 
-def _mlflow_run(mlflow: Mapping[str, str]) -> str:
-    uri, experiment, run = (mlflow[f"mlflow_{key}"] for key in ("uri", "experiment_id", "run_id"))
-    if uri.startswith(_SQLITE):
-        return f"{run} in {_nearby(uri.removeprefix(_SQLITE))}"
-    return mlflow_place(uri, experiment, run)
-
-
 def _next_commands(result: RunResult) -> list[tuple[str, str]]:
     commands = []
     activate = Path(sys.executable).with_name("activate")
@@ -78,10 +68,9 @@ def _next_commands(result: RunResult) -> list[tuple[str, str]]:
             bundle = f"bundles/{open_place(bundle).name}"
         command = f"hyperscale predict {shlex.quote(_nearby(bundle))} --input rows.jsonl --output answers.jsonl"
         commands.append((command, f"answer rows of your own{_columns(bundle)}"))
-    uri = str(result.mlflow.get("mlflow_uri", ""))
-    if uri.startswith(_SQLITE):
-        database = shlex.quote(_SQLITE + _nearby(uri.removeprefix(_SQLITE)))
-        commands.append((f"mlflow ui --backend-store-uri {database}", "compare runs in the browser"))
+    for name, place in result.trackers.items():
+        if place.get("command"):
+            commands.append((_nearby_within(place["command"]), f"see the run in {place.get('title', name)}"))
     commands.append((f"hyperscale evaluate {shlex.quote(_nearby(result.folder))}", "score the newest checkpoint again"))
     return commands
 
@@ -98,3 +87,8 @@ def _columns(bundle: str) -> str:
 def _nearby(path: str) -> str:
     """Return a path below the working directory relative to it: shorter, and as good to copy."""
     return os.path.relpath(path) if path.startswith(f"{Path.cwd()}{os.sep}") else path
+
+
+def _nearby_within(text: str) -> str:
+    """Return a text with the paths below the working directory relative to it."""
+    return text.replace(f"{Path.cwd()}{os.sep}", "")

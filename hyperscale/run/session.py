@@ -10,6 +10,7 @@ from hyperscale.checkpoint.layout import RECIPE, open_place
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore
 from hyperscale.config.loading import dump_recipe, render_recipe, shareable_recipe
 from hyperscale.config.run import Recipe
+from hyperscale.config.secrets import without_credentials
 from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
@@ -18,7 +19,8 @@ from hyperscale.model.shapes import whole_numel
 from hyperscale.run.context import RunResult, WorkerContext, write_result
 from hyperscale.run.predictions import write_predictions
 from hyperscale.terminal.progress import ProgressSender
-from hyperscale.training.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome
+from hyperscale.tracking.trackers import tracked_places
+from hyperscale.training.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 from hyperscale.training.evaluation import TEST, UNTOUCHED, VALIDATION, Evaluator, majority_record
 from hyperscale.training.trainer import Trainer
 
@@ -45,6 +47,27 @@ class Session:
         return Evaluator(self.engine, self.corpus, size, self.sender.phase)
 
 
+class LastStep:
+    """Knows the newest step, so that a run that fails can say how far it came."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_run_start(self, facts: RunFacts) -> None: ...
+
+    def on_step(self, record: StepRecord) -> None:
+        self.step = record.step
+
+    def on_evaluation(self, record: EvaluationRecord) -> None: ...
+
+    def on_checkpoint(self, record: CheckpointRecord) -> None: ...
+
+    def on_run_end(self, outcome: RunOutcome) -> None: ...
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+
 class TrainingRun:
     """The state of one run that is not in the engine: its evaluations so far, its place in the data, its listeners."""
 
@@ -65,7 +88,13 @@ class TrainingRun:
         if checkpoint:
             self.loader.load_state(state["loader"])
         self.evaluator = session.evaluator()
-        self.callbacks = callbacks
+        self._last_step = LastStep(self.start_step)
+        self.callbacks: Sequence[Callback] = (self._last_step, *callbacks) if callbacks else ()
+
+    @property
+    def last_step(self) -> int:
+        """The newest whole step; known on rank 0."""
+        return self._last_step.step
 
     def train(self) -> None:
         """Score the untouched backbone once, run the remaining steps, and score the test splits if asked to."""
@@ -136,7 +165,7 @@ class TrainingRun:
             evaluations=tuple(asdict(record) for record in self.evaluations),
             bundles=bundles,
             checkpoint=self.session.store.latest() or "",
-            mlflow={key: value for key, value in self._merged_tracking_state().items() if key.startswith("mlflow_")},
+            trackers=tracked_places(self._merged_tracking_state()),
             trained_parameters=facts.trained_parameters,
             total_parameters=facts.total_parameters,
         )
@@ -163,19 +192,22 @@ class TrainingRun:
 
 @contextmanager
 def notifying_listeners(run: TrainingRun) -> Iterator[list[RunOutcome]]:
-    """Tell the listeners that the run starts, and how it ended, whatever happens in between."""
+    """Notify the listeners of the run's start and of how it ended, whatever happens in between."""
     start = time.monotonic()
-    for callback in run.callbacks:
-        callback.on_run_start(run.facts())
     outcome: list[RunOutcome] = []
+    started: list[Callback] = []
     try:
+        for callback in run.callbacks:
+            started.append(callback)  # one whose start fails may hold something already
+            callback.on_run_start(run.facts())
         yield outcome
     except BaseException as error:
         status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        outcome = [RunOutcome(status, run.start_step, time.monotonic() - start, message=str(error)[:500])]
+        message = str(without_credentials(str(error)))
+        outcome = [RunOutcome(status, run.last_step, time.monotonic() - start, message=message[:500])]
         raise
     finally:
-        for callback in run.callbacks:
+        for callback in started:
             callback.on_run_end(outcome[0])
 
 

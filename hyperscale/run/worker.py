@@ -39,8 +39,9 @@ from hyperscale.run.adapt import begin_from_known_tasks
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext
 from hyperscale.run.session import Session, TrainingRun, notifying_listeners
 from hyperscale.terminal.progress import ProgressSender
-from hyperscale.tracking.jsonl import JsonlTracker
+from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.provenance import package_versions
+from hyperscale.tracking.trackers import open_trackers, record_comparison, record_end
 from hyperscale.training.callbacks import Callback, EvaluationRecord, RunOutcome
 from hyperscale.training.evaluation import majority_record, split_of
 
@@ -208,33 +209,30 @@ def _newest_checkpoint(session: Session) -> Checkpoint | None:
 
 def record_failed_run(recipe: Recipe, run: RunIdentity, message: str) -> None:
     """Record that a run has failed whose rank 0 could not say so itself; for the driver."""
-    if recipe.tracking.mlflow.enabled:
-        from hyperscale.tracking.mlflow import record_end
+    outcome = RunOutcome("failed", _last_step(recipe.output), 0.0, message=message[:500])
+    record_end(recipe.tracking, str(open_place(recipe.output).parent), run.key, outcome)
 
-        outcome = RunOutcome("failed", 0, 0.0, message=message[:500])
-        record_end(recipe.tracking.mlflow, str(open_place(recipe.output).parent), run.key, outcome)
+
+def _last_step(folder: str) -> int:
+    try:
+        return max((entry.step for entry in read_entries(folder)), default=0)
+    except OSError:
+        return 0
 
 
 def record_comparison_run(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
     """Record a comparison beside the runs of `recipe`; for the driver."""
-    from hyperscale.tracking.mlflow import record_comparison
-
-    record_comparison(recipe.tracking.mlflow, str(open_place(recipe.output).parent), name, metrics, files)
+    record_comparison(recipe.tracking, str(open_place(recipe.output).parent), name, metrics, files)
 
 
 def _listeners(session: Session) -> Sequence[Callback]:
     recipe = session.recipe
     run = session.context.run
-    listeners: list[Callback] = [JsonlTracker(recipe.output, run.key), session.sender]
-    if recipe.tracking.mlflow.enabled:
-        from hyperscale.tracking.mlflow import MlflowTracker
-
-        tags = {"hyperscale.launcher": session.context.launcher, **package_versions()}
-        if run.commit:
-            tags["mlflow.source.git.commit"] = run.commit
-        root = str(open_place(recipe.output).parent)
-        listeners.append(MlflowTracker(recipe.tracking.mlflow, root, run.key, tags))
-    return listeners
+    tags = {"hyperscale.launcher": session.context.launcher, **package_versions()}
+    if run.commit:
+        tags["git_commit"] = run.commit
+    root = str(open_place(recipe.output).parent)
+    return [session.sender, *open_trackers(recipe.tracking, recipe.output, root, run.key, tags)]
 
 
 def _export(session: Session) -> dict[str, str]:

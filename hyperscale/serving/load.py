@@ -1,6 +1,6 @@
 """Bundles on an unsharded backbone, ready to answer.
 
-Imports no DeepSpeed, Ray or MLflow: a serving machine has none of them.
+Imports no DeepSpeed, Ray or tracker: a serving machine has none of them.
 """
 
 from collections.abc import Mapping, Sequence

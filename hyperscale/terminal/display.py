@@ -30,7 +30,6 @@ class ProgressDisplay:
         self._settings = settings
         self._progress = Progress()
         self._live: Live | None = None
-        self._moved_logs: list[logging.StreamHandler[Any]] = []
         self._last_step = -1
         self._last_time = float("-inf")
 

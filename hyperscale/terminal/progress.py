@@ -19,7 +19,7 @@ _log = get_logger(__name__)
 class ProgressSender:
     """Turns the run's callbacks into events for `sink`, at most one step every `min_seconds`.
 
-    `sink` must return at once (start a remote call, put into a queue without waiting); if it raises, that is told once.
+    `sink` must return at once (start a remote call, put into a queue without waiting). A failure is logged once.
     """
 
     def __init__(self, sink: Callable[[dict[str, Any]], None], min_seconds: float = 0.2) -> None:

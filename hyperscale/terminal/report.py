@@ -24,7 +24,7 @@ class RunSummary:
     untouched: EvaluationRecord | None = None
     majority: EvaluationRecord | None = None
     places: Mapping[str, str] = field(default_factory=dict)
-    """What lies where: `run folder`, `checkpoint`, `bundles`, `MLflow run` …"""
+    """What lies where: `run folder`, `checkpoint`, `bundles`, `Tracker run` …"""
     next_commands: Sequence[tuple[str, str]] = ()
     """Commands to try, each with what it does."""
 

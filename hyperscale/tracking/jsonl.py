@@ -1,4 +1,4 @@
-"""The run's own record: every event as one line of JSON, whatever becomes of any server.
+"""The run's own record: every event as one line of JSON. Every tracker is fed from it.
 
     {"event": "step", "time": 1760000000.0, "step": 12, "loss": 0.71, "task_losses": {"sst2": 0.69}, …}
 
@@ -127,6 +127,17 @@ class JsonlTracker:
     def state(self) -> Mapping[str, Any]:
         return {"run_key": self._run_key}
 
+    @property
+    def run_key(self) -> str:
+        """What identifies the run over all its restarts."""
+        return self._run_key
+
+    def reader(self) -> "EntryReader":
+        """Return a reader of the whole file that goes on while lines are added; once the run has started."""
+        if self._stream is None:
+            raise RunFolderError(f"{self._target} is not open: the run has not started")
+        return EntryReader(Path(self._stream.name))
+
     def _local_file(self) -> Path:
         if self._is_local:
             return Path(self._target)
@@ -159,19 +170,44 @@ class JsonlTracker:
 
     def _warn(self, error: OSError) -> None:
         if not self._has_failed:
-            _log.warning("%s cannot be written (%s): training goes on, lines are lost", self._target, error)
+            _log.warning("%s cannot be written (%s): training goes on without these lines", self._target, error)
         self._has_failed = True
 
 
+class EntryReader:
+    """Reads the file in order while it grows; holds it open, so that it may be deleted meanwhile."""
+
+    def __init__(self, file: Path) -> None:
+        self._stream = file.open("rb")
+
+    def read(self, limit: int) -> list[Entry]:
+        """Return up to `limit` entries that have not been read yet; torn lines are skipped."""
+        entries: list[Entry] = []
+        while len(entries) < limit:
+            position = self._stream.tell()
+            line = self._stream.readline()
+            if not line.endswith(b"\n"):
+                self._stream.seek(position)
+                break
+            entry = _parse(line.decode("utf-8", "replace"))
+            if entry is not None:
+                entries.append(entry)
+        return entries
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 def _cut(file: Path, start_step: int) -> None:
-    """Drop the lines past the step that the run continues from, and torn ones; all of them for a run that is new."""
+    """Drop the lines past the step that the run continues from, its earlier ends, and torn lines; all for a new run."""
     if not file.exists():
         return
     cut = file.with_suffix(".cut")
     with file.open(encoding="utf-8", errors="replace") as old, cut.open("w", encoding="utf-8") as new:
         for line in old:
             entry = _parse(line)
-            if start_step > 0 and entry is not None and entry.step <= start_step:
+            is_end = entry is not None and isinstance(entry.record, RunOutcome)
+            if start_step > 0 and entry is not None and entry.step <= start_step and not is_end:
                 new.write(line)
     cut.replace(file)
 

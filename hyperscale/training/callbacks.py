@@ -28,7 +28,7 @@ class RunFacts:
     """0, or the step of the checkpoint that the run continues from."""
     total_steps: int
     tracking_state: Mapping[str, Any]
-    """What trackers left in the checkpoint (`mlflow_run_id`); empty at first."""
+    """What trackers left in the checkpoint (where the run is); empty at first."""
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,5 @@ class Callback(Protocol):
     def on_run_end(self, outcome: RunOutcome) -> None: ...
 
     def state(self) -> Mapping[str, Any]:
-        """Return what must be kept in the next checkpoint to continue (an MLflow run id), or an empty mapping."""
+        """Return what the next checkpoint must keep to continue (where a tracker has the run), or an empty mapping."""
         ...
