@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,20 @@ def no_settings_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def read_records(folder: Path) -> list[list[Any]]:
-    """Return the records of every offline run below a folder, the oldest first."""
+    """Return the records of every offline run below a folder, the oldest first.
+
+    W&B's own process writes the files and may still be at work when `finish` returns: this waits for their last record.
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        runs = scan(folder)
+        if runs and all(records and records[-1].HasField("exit") for records in runs):
+            return runs
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def scan(folder: Path) -> list[list[Any]]:
     runs = []
     for file in sorted(folder.rglob("*.wandb"), key=lambda file: file.stat().st_ctime_ns):
         store, records = DataStore(), []
