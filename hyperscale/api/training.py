@@ -102,7 +102,7 @@ def summarize(result: RunResult) -> TrainResult:
         folder=result.folder,
         checkpoint=result.checkpoint,
         bundles=result.bundles,
-        trackers={"mlflow": result.mlflow} if result.mlflow else {},
+        trackers=result.trackers,
         steps=result.steps,
         seconds=result.seconds,
         trained_parameters=result.trained_parameters,
