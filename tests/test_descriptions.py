@@ -118,4 +118,4 @@ def test_what_cannot_be_described(tmp_path: Path, tiny_llama_folder: Path, capsy
     table = ("output=" + str(folder / "table"), "adaptation.task_encoder.kind=table")
     assert run(capsys, "train", folder / "recipe.yaml", *local, *table).code == 0
     refused = run(capsys, "export", folder / "table", "--describe", folder / "style.yaml")
-    assert "--describe needs a generator trained with adaptation.task_encoder.kind=text" in refused.errors[0]
+    assert "descriptions need a generator trained with adaptation.task_encoder.kind=text" in refused.errors[0]

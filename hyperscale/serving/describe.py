@@ -30,7 +30,7 @@ def with_described_tasks(trained: TrainedGenerator, names: Sequence[str | Task])
     """
     if not trained.recipe.adaptation.reads_descriptions:
         raise BundleError(
-            "--describe needs a generator trained with adaptation.task_encoder.kind=text; this one knows its tasks by "
+            "descriptions need a generator trained with adaptation.task_encoder.kind=text; this one knows its tasks by "
             "number. Train the new task instead: hyperscale adapt"
         )
     is_encoder_decoder = trained.architecture.is_encoder_decoder
