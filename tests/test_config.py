@@ -17,7 +17,7 @@ from hyperscale.config.loading import (
     parse_recipe,
     portable_recipe,
     shareable_recipe,
-    with_tracking_uri,
+    with_tracking_secrets,
 )
 from hyperscale.config.run import Recipe
 from hyperscale.config.training import TrainingSettings
@@ -294,6 +294,6 @@ def test_a_recipe_that_others_read_has_no_password(uri: str, tmp_path: Path, mon
     assert portable_recipe(recipe).keys() == dump_recipe(recipe).keys() - {"output", "tracking"}
     stored = parse_recipe(shareable_recipe(recipe), "stored")
     with pytest.raises(ConfigError, match=r"run folders hold no passwords.*Set MLFLOW_TRACKING_URI"):
-        with_tracking_uri(stored)
+        with_tracking_secrets(stored)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert with_tracking_uri(stored) == with_tracking_uri(recipe) == recipe
+    assert with_tracking_secrets(stored) == with_tracking_secrets(recipe) == recipe

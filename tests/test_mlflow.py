@@ -331,7 +331,7 @@ def test_no_secret_reaches_a_run_folder_or_a_server(
         run.end(RunOutcome("failed", 2, 1.0, message=f"no answer from {uri}/api"))
         # The records have lost the password: the environment or --uri brings it.
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with pytest.raises(ConfigError, match=r"keep no password.*--uri.*MLFLOW_TRACKING_URI"):
+        with pytest.raises(ConfigError, match=r"hold no passwords.*MLFLOW_TRACKING_URI.*--uri"):
             track(str(folder))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         lines = track(str(folder)) + track(str(folder), "mlflow", uri)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from hyperscale.config.problems import describe
 from hyperscale.config.run import Recipe
-from hyperscale.config.secrets import is_masked, without_credentials
+from hyperscale.config.secrets import without_credentials
 from hyperscale.config.yaml_file import read_mapping
 from hyperscale.errors import ConfigError, nearest
 
@@ -135,31 +135,13 @@ def render_recipe(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def with_tracking_uri(recipe: Recipe) -> Recipe:
-    """Give a recipe read from a run folder its MLflow password back, from the variable MLFLOW_TRACKING_URI.
-
-    Run folders hold no passwords. MLflow's own MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD serve for servers.
+def with_tracking_secrets(recipe: Recipe) -> Recipe:
+    """Give a recipe read from a run folder the trackers' secrets back, from the environment.
 
     Raises:
-        ConfigError: `tracking.mlflow.uri` lacks its password and the variable does not have it.
+        ConfigError: a secret is missing; says where to put it.
     """
-    mlflow = recipe.tracking.mlflow
-    uri = mlflow.uri
-    if uri is None or not mlflow.enabled or not is_masked(uri):
-        return recipe
-    known = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if without_credentials(known) == uri:
-        uri = known
-    elif uri.startswith("http") and os.environ.get("MLFLOW_TRACKING_PASSWORD"):
-        scheme, _, host = uri.partition("://***@")
-        uri = f"{scheme}://{host}"
-    else:
-        raise ConfigError(
-            f"tracking.mlflow.uri: run folders hold no passwords, so {uri} lacks its own. "
-            "Set MLFLOW_TRACKING_URI to the whole URI, or add tracking.mlflow.uri=… to the command"
-        )
-    tracking = recipe.tracking.model_copy(update={"mlflow": mlflow.model_copy(update={"uri": uri})})
-    return recipe.model_copy(update={"tracking": tracking})
+    return recipe.model_copy(update={"tracking": recipe.tracking.with_secrets()})
 
 
 def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Where a run is recorded. `metrics.jsonl` in the run folder is always written and has no switch."""
 
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -8,8 +9,9 @@ from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_v
 from pydantic_core import PydanticCustomError
 
 from hyperscale.config.plugins import Registry
-from hyperscale.config.secrets import without_credentials
+from hyperscale.config.secrets import MASK, is_masked, without_credentials
 from hyperscale.config.section import Section
+from hyperscale.errors import ConfigError
 
 
 class TrackerSettings(Section):
@@ -19,6 +21,14 @@ class TrackerSettings(Section):
     """The package that the tracker needs."""
 
     enabled: bool = False
+
+    def with_secrets(self) -> Self:
+        """Return settings that were read from the records of a run with their secrets, from the environment.
+
+        Raises:
+            ConfigError: a secret is missing; says where to put it.
+        """
+        return self
 
     def several_nodes_problem(self) -> str | None:
         """Say why the tracker cannot serve a run on several nodes, or return None."""
@@ -61,6 +71,20 @@ class MlflowSettings(TrackerSettings):
                 "write sqlite:////absolute/path/mlflow.db (four slashes), or null"
             )
         return uri
+
+    def with_secrets(self) -> Self:
+        """Take the URI's password from MLFLOW_TRACKING_URI; a server may have MLFLOW_TRACKING_PASSWORD instead."""
+        if self.uri is None or not is_masked(self.uri):
+            return self
+        known = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if without_credentials(known) == self.uri:
+            return self.model_copy(update={"uri": known})
+        if self.uri.startswith("http") and os.environ.get("MLFLOW_TRACKING_PASSWORD"):
+            return self.model_copy(update={"uri": self.uri.replace(f"{MASK}@", "")})
+        raise ConfigError(
+            f"tracking.mlflow.uri: run folders hold no passwords, so {self.uri} lacks its own. Set MLFLOW_TRACKING_URI "
+            "to the whole URI, or give it as tracking.mlflow.uri=… (--uri for `hyperscale track`)"
+        )
 
     def several_nodes_problem(self) -> str | None:
         if self.uri is not None and not self.uri.startswith("sqlite:"):
@@ -134,3 +158,7 @@ class TrackingSettings(Section):
     def enabled_trackers(self) -> dict[str, TrackerSettings]:
         """Return the settings of the trackers that record the run."""
         return {name: settings for name, settings in self.trackers().items() if settings.enabled}
+
+    def with_secrets(self) -> Self:
+        """Return the settings with the secrets of every enabled tracker; `ConfigError` names one that is missing."""
+        return self.model_copy(update={name: one.with_secrets() for name, one in self.enabled_trackers().items()})

@@ -16,7 +16,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
-from hyperscale.config.secrets import is_masked, without_credentials
+from hyperscale.config.secrets import without_credentials
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError
 from hyperscale.tracking.metrics import Point, key_part
@@ -137,15 +137,7 @@ def tracking_uri(settings: MlflowSettings, default_root: str) -> str:
                 f"tracking.mlflow.uri=null needs a local run folder, not {default_root}: set it to a server."
             )
         return f"sqlite:///{default_root.rstrip('/')}/mlflow.db"
-    if is_masked(settings.uri):
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if not uri:
-            raise ConfigError(
-                f"tracking.mlflow.uri: {settings.uri} comes from the records of a run, which keep no password. "
-                "Give the whole URI with `hyperscale track --uri`, as tracking.mlflow.uri, or in MLFLOW_TRACKING_URI."
-            )
-        return uri
-    return _VARIABLE.sub(_variable, settings.uri)
+    return _VARIABLE.sub(_variable, settings.with_secrets().uri or "")
 
 
 def _variable(reference: re.Match[str]) -> str:
