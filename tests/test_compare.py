@@ -22,7 +22,7 @@ from hyperscale.compare.intervals import draw, interval, resampled_scores, seed_
 from hyperscale.compare.schedule import check_comparison, make_trial, run_comparison
 from hyperscale.compare.table import MethodSummary
 from hyperscale.config.comparison import Comparison, load_comparison
-from hyperscale.config.loading import render_recipe
+from hyperscale.config.loading import dump_recipe, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.metrics import compute
 from hyperscale.data.tasks import MetricName
@@ -301,7 +301,7 @@ def test_a_run_that_is_killed_says_what_to_do(place: Path) -> None:
     file = place / "comparison.yaml"
     (recipe,) = make_trial(load_comparison(file), "shared", 0.001, 1).recipes
     child, log = place / "child.yaml", place / "child.log"
-    child.write_text(render_recipe(recipe))
+    child.write_text(render_recipe(dump_recipe(recipe)))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(train_in_child, recipe, child, log)
         while not (found := [one for one in psutil.Process().children() if str(child) in one.cmdline()]):
