@@ -139,28 +139,44 @@ def _tagging_problems(task: Task) -> list[str]:
 
 
 def _with_defaults(data: dict[Any, Any]) -> dict[Any, Any]:
-    """Add what follows from the other keys: label column, target, metrics, positive label."""
-    filled = dict(data)
-    metrics, target, labels = filled.get("metrics"), filled.get("target"), filled.get("labels")
-    if isinstance(metrics, str):
-        filled["metrics"] = metrics = [metrics]
+    """Add the defaults that follow from the written keys; a key with a value keeps it."""
+    metrics = data.get("metrics")
+    written = {**data, "metrics": [metrics]} if isinstance(metrics, str) else data
+    defaults = {
+        "metrics": ["exact_match"],
+        **_tagging_defaults(written.get("tagging")),
+        **_classification_defaults(written),
+    }
+    return {**written, **{key: value for key, value in defaults.items() if written.get(key) is None}}
+
+
+def _tagging_defaults(tagging: Any) -> dict[str, Any]:
+    columns = tagging.model_dump() if isinstance(tagging, Tagging) else tagging
+    if not isinstance(columns, dict):
+        return {}
+    return {
+        "input": f"{{{columns.get('tokens', 'tokens')}}}",
+        "target": f"{{{columns.get('tags', 'tags')}}}",
+        "metrics": ["span_f1"],
+        "max_new_tokens": _TAGGING_TOKENS,
+    }
+
+
+def _classification_defaults(data: dict[Any, Any]) -> dict[str, Any]:
+    """Return the defaults of a task that has a label column, labels or a metric of labels; {} for any other."""
+    metrics, labels, column = data.get("metrics"), data.get("labels"), data.get("label_column")
     scores_labels = isinstance(metrics, list | tuple) and bool(_LABEL_METRICS.intersection(map(str, metrics)))
-    if filled.get("label_column") is None and (labels or scores_labels):
-        filled["label_column"] = _only_column(target) or "label"
-    column, tagging = filled.get("label_column"), filled.get("tagging")
-    if target is None and column is not None:
-        filled["target"] = f"{{{column}}}"
-    if isinstance(tagging, dict | Tagging):
-        columns = tagging if isinstance(tagging, dict) else tagging.model_dump()
-        filled["input"] = filled.get("input") or f"{{{columns.get('tokens', 'tokens')}}}"
-        filled["target"] = filled.get("target") or f"{{{columns.get('tags', 'tags')}}}"
-        filled["metrics"] = metrics = metrics or ["span_f1"]
-        filled.setdefault("max_new_tokens", _TAGGING_TOKENS)
-    if metrics is None:
-        filled["metrics"] = ["accuracy" if column is not None else "exact_match"]
-    if filled.get("positive_label") is None and isinstance(labels, dict) and labels:
-        filled["positive_label"] = str(list(labels.values())[-1])
-    return filled
+    if column is None and (labels or scores_labels):
+        column = _only_column(data.get("target")) or "label"
+    if column is None:
+        return {}
+    last_word = str(list(labels.values())[-1]) if isinstance(labels, dict) and labels else None
+    return {
+        "label_column": column,
+        "target": f"{{{column}}}",
+        "metrics": ["accuracy"],
+        "positive_label": last_word,
+    }
 
 
 def _only_column(target: Any) -> str | None:
