@@ -1,4 +1,4 @@
-"""Scale on paper: what `hyperscale plan` says of large backbones on many GPUs, as the table of docs/performance.md.
+"""Estimates for many GPUs: the output of `hyperscale plan` for large backbones, as the table in docs/performance.md.
 
 Nothing here is measured. `python -m benchmarks.scale` prints the table, with `--write` it puts it into the document.
 """
