@@ -267,7 +267,7 @@ def _generation_seconds(engine: Engine, tasks: torch.Tensor, device: torch.devic
     """Return the seconds of making all adapters of a step and of the way back through the generator."""
 
     def there_and_back(_number: int) -> None:
-        made = engine.model.generate(tasks)
+        made = engine.model.generator(tasks)
         sum(tensor.sum() for group in made.values() for tensor in group.values()).backward()  # type: ignore[union-attr]
 
     seconds, _ = _timed(there_and_back, device)

@@ -41,7 +41,7 @@ def measure(dtype: str) -> dict[str, Any]:
         known: build_engine(recipe, folder, SingleProcess(), device, known)
         for known in {known for known, _ in ROWS.values()}
     }
-    gradients = [torch.ones_like(tensor) for tensor in tensors_of(engines[8].model.generate(torch.arange(8)))]
+    gradients = [torch.ones_like(tensor) for tensor in tensors_of(engines[8].model.generator(torch.arange(8)))]
     steps = [batches[0] for batches in batches_of(recipe, 0, WARM_UP_STEPS + ROUNDS)]
     found: dict[str, Any] = {row: {"seconds": [], "processor": []} for row in ROWS}
     found["generation"] = {"seconds": [], "processor": []}
@@ -61,7 +61,7 @@ def with_tasks(batch: Batch, mixed: int) -> Batch:
 
 def generate(engine: Engine, gradients: Sequence[Tensor]) -> None:
     """Make the weights of eight tasks and send gradients back: all that a step generates."""
-    made = engine.model.generate(torch.arange(8))
+    made = engine.model.generator(torch.arange(8))
     leaves = as_leaves(made)
     for leaf, gradient in zip(tensors_of(leaves), gradients, strict=True):
         leaf.grad = gradient
@@ -75,14 +75,14 @@ def difference(engine: Engine, batch: Batch) -> float:
     Relative to the largest logit; the steps before have moved the tasks apart.
     """
     model, inputs = engine.model, {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    slots = torch.arange(len(batch.task_index)) % 8
+    tasks = torch.arange(len(batch.task_index)) % 8
     real = batch.attention_mask.bool()
     worst = 0.0
     with torch.no_grad():
-        with model.adapted(model.generate(torch.arange(8)), slots):
+        with model.adapting(tasks):
             mixed = model.backbone(**inputs, use_cache=False).logits.float()
-        for row, task in enumerate(slots.tolist()):
-            with model.adapted(model.generate(torch.tensor([task])), torch.zeros_like(slots)):
+        for row, task in enumerate(tasks.tolist()):
+            with model.adapting(torch.tensor([task])):
                 alone = model.backbone(**inputs, use_cache=False).logits[row].float()
             worst = max(worst, float((mixed[row] - alone)[real[row]].abs().max() / mixed[real].abs().max()))
     return worst

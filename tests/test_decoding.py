@@ -17,7 +17,6 @@ from hyperscale.engine.collective import SingleProcess
 from hyperscale.inference.answers import Answerer, Question
 from hyperscale.inference.decoding import answer_log_likelihoods, greedy_decode
 from hyperscale.model.adapted import AdaptedModel, label_positions, shift_right, token_losses
-from hyperscale.model.weights import Weights
 from tests import tiny
 
 PROMPTS = (
@@ -46,12 +45,6 @@ def model(folder: Path) -> AdaptedModel:
 
 
 @pytest.fixture(scope="module")
-def weights(model: AdaptedModel) -> Weights:
-    with torch.no_grad():
-        return model.generate(torch.arange(3))
-
-
-@pytest.fixture(scope="module")
 def prompts(folder: Path, model: AdaptedModel) -> PromptBatch:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sources = [tuple(ids) for ids in tokenizer(list(PROMPTS))["input_ids"]]
@@ -70,8 +63,8 @@ def labelled(folder: Path, model: AdaptedModel) -> Batch:
     return collate(sources, answers, SLOTS.tolist(), layout)
 
 
-def decode(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
-    with model.adapted(weights, SLOTS):
+def decode(model: AdaptedModel, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
+    with model.adapting(SLOTS):
         return greedy_decode(
             model, batch.input_ids, batch.attention_mask, limits(most, batch.input_ids), stop_ids, anyone=bool
         )
@@ -81,7 +74,7 @@ def limits(most: int, input_ids: Tensor) -> Tensor:
     return torch.full((len(input_ids),), most)
 
 
-def reference(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
+def reference(model: AdaptedModel, batch: PromptBatch, stop_ids: Tensor, most: int = 12) -> Tensor:
     """Let transformers generate with the adapters active; without the prompt or the start token."""
     config = GenerationConfig(
         max_new_tokens=most,
@@ -91,23 +84,23 @@ def reference(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_id
         pad_token_id=int(stop_ids[0]),
         decoder_start_token_id=model.backbone.config.to_dict().get("decoder_start_token_id"),
     )
-    with model.adapted(weights, SLOTS), torch.no_grad():
+    with model.adapting(SLOTS), torch.no_grad():
         tokens = model.backbone.generate(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
         )
     return tokens[:, 1 if model.architecture.is_encoder_decoder else batch.input_ids.shape[1] :]
 
 
-def test_greedy_decoding_is_transformers_own(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
-    free = decode(model, weights, prompts, UNREACHED)
+def test_greedy_decoding_is_transformers_own(model: AdaptedModel, prompts: PromptBatch):
+    free = decode(model, prompts, UNREACHED)
     assert free.shape == (4, 12)
     assert len({tuple(row) for row in free.tolist()}) == 4
-    assert torch.equal(free, reference(model, weights, prompts, UNREACHED))
+    assert torch.equal(free, reference(model, prompts, UNREACHED))
 
     # Stop tokens that rows reach at different times, or never.
     stop_ids = torch.stack([free[0, 2], free[1, 5]])
-    stopped = decode(model, weights, prompts, stop_ids)
-    assert torch.equal(stopped, reference(model, weights, prompts, stop_ids))
+    stopped = decode(model, prompts, stop_ids)
+    assert torch.equal(stopped, reference(model, prompts, stop_ids))
     ends = [first_stop(row, stop_ids) for row in stopped]
     assert len(set(ends)) > 1
     for row, end in zip(stopped, ends, strict=True):
@@ -118,7 +111,7 @@ def test_greedy_decoding_is_transformers_own(model: AdaptedModel, weights: Weigh
     head = model.backbone.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _head, args: sizes.append(len(args[0])))
     most = max(ends) + 3
-    with model.adapted(weights, SLOTS):
+    with model.adapting(SLOTS):
         waited = greedy_decode(
             model,
             prompts.input_ids,
@@ -130,17 +123,17 @@ def test_greedy_decoding_is_transformers_own(model: AdaptedModel, weights: Weigh
     handle.remove()
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1], len(sizes)) == (4, 1, most)
-    assert torch.equal(waited, reference_padded(model, weights, prompts, free[:, 3].unique(), most))
+    assert torch.equal(waited, reference_padded(model, prompts, free[:, 3].unique(), most))
 
     # When the last row stops, nobody goes on.
     everyone = free[:, 3].unique()
-    short = decode(model, weights, prompts, everyone)
-    assert torch.equal(short, reference(model, weights, prompts, everyone))
+    short = decode(model, prompts, everyone)
+    assert torch.equal(short, reference(model, prompts, everyone))
     assert short.shape[1] == max(first_stop(row, everyone) for row in free) + 1 <= 4
 
 
-def reference_padded(model: AdaptedModel, weights: Weights, batch: PromptBatch, stop_ids: Tensor, width: int) -> Tensor:
-    found = reference(model, weights, batch, stop_ids, width)
+def reference_padded(model: AdaptedModel, batch: PromptBatch, stop_ids: Tensor, width: int) -> Tensor:
+    found = reference(model, batch, stop_ids, width)
     return torch.nn.functional.pad(found, (0, width - found.shape[1]), value=int(stop_ids[0]))
 
 
@@ -149,21 +142,21 @@ def first_stop(row: Tensor, stop_ids: Tensor) -> int:
     return int(found[0]) if len(found) else len(row)
 
 
-def test_a_batch_decodes_as_its_rows_do_alone(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
-    together = decode(model, weights, prompts, UNREACHED)
+def test_a_batch_decodes_as_its_rows_do_alone(model: AdaptedModel, prompts: PromptBatch):
+    together = decode(model, prompts, UNREACHED)
     for row in range(len(SLOTS)):
         real = prompts.attention_mask[row].bool()
         ids = prompts.input_ids[row, real].unsqueeze(0)
-        with model.adapted(weights, SLOTS[row : row + 1]):
+        with model.adapting(SLOTS[row : row + 1]):
             alone = greedy_decode(model, ids, torch.ones_like(ids), limits(12, ids), UNREACHED, anyone=bool)
         assert torch.equal(alone[0], together[row])
 
 
-def test_ranks_decode_equally_often(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+def test_ranks_decode_equally_often(model: AdaptedModel, prompts: PromptBatch):
     """A rank whose rows are done goes on while another rank's are not, and says so at every step."""
-    free = decode(model, weights, prompts, UNREACHED)
+    free = decode(model, prompts, UNREACHED)
     stop_ids = free[:, 1].unique()
-    ours = decode(model, weights, prompts, stop_ids)
+    ours = decode(model, prompts, stop_ids)
     assert ours.shape[1] == 2
     asked: list[bool] = []
 
@@ -173,7 +166,7 @@ def test_ranks_decode_equally_often(model: AdaptedModel, weights: Weights, promp
 
     forwards: list[int] = []
     counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
-    with model.adapted(weights, SLOTS):
+    with model.adapting(SLOTS):
         tokens = greedy_decode(
             model,
             prompts.input_ids,
@@ -189,15 +182,15 @@ def test_ranks_decode_equally_often(model: AdaptedModel, weights: Weights, promp
     assert (tokens[:, 2:] == stop_ids[0]).all()
 
 
-def test_each_row_ends_at_its_own_limit(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
-    free = decode(model, weights, prompts, UNREACHED)
+def test_each_row_ends_at_its_own_limit(model: AdaptedModel, prompts: PromptBatch):
+    free = decode(model, prompts, UNREACHED)
     of_rows = torch.tensor([1, 6, 3, 6])
     forwards: list[int] = []
     counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
 
     def run(anyone: Callable[[bool], bool]) -> Tensor:
         forwards.clear()
-        with model.adapted(weights, SLOTS):
+        with model.adapting(SLOTS):
             return greedy_decode(model, prompts.input_ids, prompts.attention_mask, of_rows, UNREACHED, anyone)
 
     tokens = run(bool)
@@ -247,11 +240,11 @@ def whole_logits(model: AdaptedModel, batch: Batch) -> Tensor:
     return model.backbone(**inputs).logits.roll(1, dims=1)
 
 
-def test_label_logits_are_rows_of_the_whole(model: AdaptedModel, weights: Weights, labelled: Batch):
+def test_label_logits_are_rows_of_the_whole(model: AdaptedModel, labelled: Batch):
     positions, targets, samples = label_positions(labelled.labels, model.architecture.is_encoder_decoder)
     assert len(positions) == labelled.num_label_tokens == sum(labelled.labels.ne(-100).flatten())
     assert torch.equal(torch.bincount(samples), labelled.labels.ne(-100).sum(1))
-    with torch.no_grad(), model.adapted(weights, SLOTS):
+    with torch.no_grad(), model.adapting(SLOTS):
         rows = model.label_logits(labelled.input_ids, labelled.attention_mask, labelled.labels, positions)
         whole = whole_logits(model, labelled)
         again = whole_logits(model, labelled)
@@ -268,11 +261,11 @@ def test_label_logits_are_rows_of_the_whole(model: AdaptedModel, weights: Weight
         torch.testing.assert_close(losses.double(), plain, rtol=1e-5, atol=1e-5)
 
 
-def test_likelihoods_of_answers(model: AdaptedModel, weights: Weights, labelled: Batch):
+def test_likelihoods_of_answers(model: AdaptedModel, labelled: Batch):
     labels = labelled.labels
     ends = [max(place for place, label in enumerate(row) if label != -100) for row in labels.tolist()]
     endings = torch.tensor([[int(labels[row, end]), 7, 40 + row] for row, end in enumerate(ends)])
-    with torch.no_grad(), model.adapted(weights, SLOTS):
+    with torch.no_grad(), model.adapting(SLOTS):
         likelihoods = answer_log_likelihoods(model, labelled.input_ids, labelled.attention_mask, labels, endings)
         log_p = whole_logits(model, labelled).double().log_softmax(-1)
     for row, end in enumerate(ends):
@@ -295,10 +288,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_decoding_copies_no_weights_for_every_row(model: AdaptedModel, weights: Weights, prompts: PromptBatch):
+def test_decoding_copies_no_weights_for_every_row(model: AdaptedModel, prompts: PromptBatch):
     """The head, above all: PyTorch multiplies it row by row with a slice of the prompt's hidden states."""
     with Largest() as seen:
-        decode(model, weights, prompts, UNREACHED)
+        decode(model, prompts, UNREACHED)
     vocabulary, width = model.backbone.get_output_embeddings().weight.shape
     assert len(SLOTS) * vocabulary <= seen.numel < len(SLOTS) * vocabulary * width
 

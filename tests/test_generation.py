@@ -95,7 +95,9 @@ def test_generators_that_keep_more_than_they_make_do_it_at_once(folder: Path, ki
     adapted = build(folder, {"kind": kind})
     generation = adapted.generator.site_by_site(torch.tensor([2, 0]))
     assert isinstance(generation, EagerGeneration)
-    for one, other in zip(tensors_of(generation.made), tensors_of(adapted.generate(torch.tensor([2, 0]))), strict=True):
+    for one, other in zip(
+        tensors_of(generation.made), tensors_of(adapted.generator(torch.tensor([2, 0]))), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -153,7 +155,7 @@ def test_answers_are_the_same(folder: Path):
     ids, mask, labels, positions, _ = batch_of(adapted, slice(0, 6))
     found = []
     for adapted.site_by_site in (False, True):
-        with torch.no_grad(), adapted.answering(torch.arange(3), SLOTS):
+        with torch.no_grad(), adapted.adapting(SLOTS):
             found.append(adapted.label_logits(ids, mask, labels, positions))
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
@@ -161,12 +163,12 @@ def test_answers_are_the_same(folder: Path):
 def test_one_task_needs_no_copies_for_its_samples(folder: Path):
     adapted = build(folder, {"kind": "hypernetwork"})
     ids, mask, labels, positions, _ = batch_of(adapted, slice(0, 2))
-    task, slots = torch.tensor([1]), torch.zeros(2, dtype=torch.int64)
+    task = torch.tensor([1])
     with torch.no_grad():
-        with adapted.adapted(adapted.generate(task), slots):
+        with adapted.adapting(task):
             expected = adapted.label_logits(ids, mask, labels, positions)
         adapted.site_by_site = True
-        with adapted.training(adapted.generation(task), slots, 1):
+        with adapted.training(adapted.generation(task), torch.zeros(2, dtype=torch.int64), 1):
             found = adapted.label_logits(ids, mask, labels, positions)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -186,7 +188,7 @@ def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
     roomy = recipe_of(folder, tasks)
     adapted = tiny.adapted_model(folder, roomy.adaptation.model_dump(), num_tasks=len(tasks))
     kinds = build_kinds(roomy.adaptation.adapters)
-    made = adapted.generate(torch.arange(len(tasks)))
+    made = adapted.generator(torch.arange(len(tasks)))
     size = generated_bytes(adapted.site_map, kinds, len(tasks), 4)
     assert size == EagerGeneration(made).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(made))
     for budget, by_site in ((f"{size}B", False), (f"{size - 1}B", True)):

@@ -70,7 +70,7 @@ def test_one_batched_call_makes_what_each_site_makes_alone(kind: str, family: st
     adapted.generator.double()
     tiny.disturb(adapted.generator, std=0.3)
     tasks = torch.tensor([2, 0, 3])
-    made = adapted.generate(tasks)
+    made = adapted.generator(tasks)
     assert made.keys() == adapted.site_map.groups.keys()
     for group, sites in adapted.site_map.groups.items():
         for row, task in enumerate(tasks.tolist()):
@@ -109,7 +109,7 @@ def test_the_same_seed_gives_the_same_generator(kind: str, family: str, folders:
 def test_start(kind: str, family: str, folders: dict[str, Path]):
     """What must be zero is exactly zero for every task; the rest has the scale of its fan-in."""
     adapted, chosen = model(kind, family, folders), settings(kind, family)
-    made = adapted.generate(torch.arange(NUM_TASKS))
+    made = adapted.generator(torch.arange(NUM_TASKS))
     for group, specs in specs_of(adapted, chosen).items():
         for name, spec in specs.items():
             tensor = made[group][name]
@@ -133,7 +133,7 @@ def test_published_start(kind: str, folders: dict[str, Path]):
     adapted = tiny.adapted_model(folders["llama"], chosen.model_dump(), NUM_TASKS)
     made = {
         f"{group.split('/')[1]} {name}": tensor
-        for group, named in adapted.generate(torch.arange(NUM_TASKS)).items()
+        for group, named in adapted.generator(torch.arange(NUM_TASKS)).items()
         for name, tensor in named.items()
     }
     assert not made["lora b"].any()
@@ -177,7 +177,7 @@ def test_what_a_bottleneck_adds_at_the_start(
     y = torch.randn(NUM_TASKS, 50, 32, generator=torch.Generator().manual_seed(0))
     squares = [
         (kind.apply(y, y, {name: tensor[:, index] for name, tensor in named.items()}) - y).pow(2).mean()
-        for group, named in adapted.generate(torch.arange(NUM_TASKS)).items()
+        for group, named in adapted.generator(torch.arange(NUM_TASKS)).items()
         for index in range(len(adapted.site_map.groups[group]))
     ]
     assert len(squares) == 8
@@ -189,7 +189,7 @@ def test_what_a_bottleneck_adds_at_the_start(
 @every_family
 def test_no_parameter_of_independent_is_touched_by_two_tasks(family: str, folders: dict[str, Path]):
     adapted = model("independent", family, folders)
-    sum(tensor.sum() for tensor in tensors_of(adapted.generate(torch.tensor([1])))).backward()
+    sum(tensor.sum() for tensor in tensors_of(adapted.generator(torch.tensor([1])))).backward()
     for parameter in adapted.generator.parameters():
         assert parameter.grad[1].all()
         assert not parameter.grad[[0, 2, 3]].any()
@@ -204,11 +204,11 @@ def test_everything_learns_by_the_third_step(kind: str, family: str, folders: di
     ids = torch.randint(3, 300, (8, 10), generator=random)
     labels = torch.randint(3, 300, (8, 10), generator=random)
     positions, targets, _ = label_positions(labels, adapted.architecture.is_encoder_decoder)
-    slots = torch.arange(8) % NUM_TASKS
+    tasks = torch.arange(8) % NUM_TASKS
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        with adapted.adapted(adapted.generate(torch.arange(NUM_TASKS)), slots):
+        with adapted.adapting(tasks):
             logits = adapted.label_logits(ids, torch.ones_like(ids), labels, positions)
             loss = token_losses(logits, targets).mean()
             loss.backward()

@@ -11,7 +11,7 @@ from hyperscale.config.adaptation import AdapterSettings, BottleneckSettings, Lo
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import set_activation_checkpointing
-from hyperscale.model.weights import Weights, as_leaves, backward, tensors_of
+from hyperscale.model.generation import EagerGeneration
 from tests import tiny
 
 ADAPTERS: dict[str, tuple[AdapterSettings, ...]] = {
@@ -60,10 +60,10 @@ def test_step_0_is_exactly_the_untouched_backbone(folder: Path, adapters: str, g
     adapted = model(folder, adapters, generator, dtype=dtype)
     batch = inputs(adapted)
     untouched = logits(adapted, batch)
-    with adapted.adapted(adapted.generate(torch.tensor([0, 2])), torch.tensor([0, 1, 0, 1, 1])):
+    with adapted.adapting(torch.tensor([0, 2, 0, 2, 2])):
         assert torch.equal(logits(adapted, batch), untouched)
     tiny.disturb(adapted.generator)
-    with adapted.adapted(adapted.generate(torch.tensor([0, 2])), torch.tensor([0, 1, 0, 1, 1])):
+    with adapted.adapting(torch.tensor([0, 2, 0, 2, 2])):
         assert not torch.equal(logits(adapted, batch), untouched)
 
 
@@ -81,15 +81,37 @@ def test_a_mixed_batch_is_each_sample_in_a_batch_of_its_task(
     batch = inputs(adapted)
     tasks = torch.tensor([2, 0, 1, 0, 2])
     with torch.no_grad():
-        with adapted.adapted(adapted.generate(torch.arange(3)), tasks):
+        with adapted.adapting(tasks):
             mixed = logits(adapted, batch)
         alone = []
         for task in range(3):
-            with adapted.adapted(adapted.generate(torch.tensor([task])), torch.zeros(5, dtype=torch.int64)):
+            with adapted.adapting(torch.tensor([task])):
                 alone.append(logits(adapted, batch))
     for row, task in enumerate(tasks.tolist()):
         assert (mixed[row] - alone[task][row]).abs().max() <= tolerance * mixed.abs().max()
         assert (mixed[row] - alone[(task + 1) % 3][row]).abs().max() > 1e-2  # the task matters
+
+
+def test_tasks_differ_where_the_first_group_has_one_set_for_all(folder: Path):
+    """The norms' one set [1, S, …] comes first; every sample still gets the LoRA of its own task."""
+    adapters = [{"kind": "norm_delta"}, {"kind": "lora", "rank": 2}]
+    adapted = tiny.adapted_model(folder, {"adapters": adapters}, num_tasks=3)
+    tiny.disturb(adapted.generator, std=0.05)
+    adapted.generator.register_forward_hook(lambda _generator, _tasks, weights: dict(reversed(weights.items())))
+    batch, tasks = inputs(adapted), torch.tensor([2, 0, 1, 0, 2])
+    first, *others = [len(next(iter(group.values()))) for group in adapted.generator(torch.arange(3)).values()]
+    assert first == 1
+    assert 3 in others
+    with torch.no_grad():
+        with adapted.adapting(tasks):
+            mixed = logits(adapted, batch)
+        alone = []
+        for task in range(3):
+            with adapted.adapting(torch.tensor([task])):
+                alone.append(logits(adapted, batch))
+    for row, task in enumerate(tasks.tolist()):
+        torch.testing.assert_close(mixed[row], alone[task][row], rtol=1e-4, atol=1e-4)
+        assert (mixed[row] - alone[(task + 1) % 3][row]).abs().max() > 1e-2
 
 
 def test_each_site_gets_its_own_weights(folder: Path):
@@ -97,7 +119,7 @@ def test_each_site_gets_its_own_weights(folder: Path):
     adapted = model(folder, "both")
     tiny.disturb(adapted.generator)
     kinds = {kind.name: kind for kind in build_kinds(ADAPTERS["both"])}
-    weights, slots = adapted.generate(torch.tensor([1, 0])), torch.tensor([1, 0, 0])
+    weights, slots = adapted.generator(torch.tensor([1, 0])), torch.tensor([1, 0, 0])
     places: dict[str, list[tuple[str, dict[str, Tensor]]]] = {}
     for group, sites in adapted.site_map.groups.items():
         for index, site in enumerate(sites):
@@ -111,7 +133,7 @@ def test_each_site_gets_its_own_weights(folder: Path):
         expected = layer(x)
         for kind, own in sorted(here, key=lambda place: list(kinds).index(place[0])):
             expected = kinds[kind].apply(x, expected, own)
-        with adapted.adapted(weights, slots):
+        with adapted.training(EagerGeneration(weights), slots, 2):
             torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         shared += len(here) == 2
     assert shared == sum(site.position == "o" for site in adapted.site_map.sites)
@@ -120,16 +142,15 @@ def test_each_site_gets_its_own_weights(folder: Path):
 def test_hooks_are_inert_outside_and_can_be_removed(folder: Path):
     adapted = model(folder, "both")
     tiny.disturb(adapted.generator)
-    batch, slots = inputs(adapted), torch.zeros(5, dtype=torch.int64)
+    batch, task = inputs(adapted), torch.tensor([1])
     untouched = logits(adapted, batch)
-    weights = adapted.generate(torch.tensor([1]))
-    with adapted.adapted(weights, slots):
+    with adapted.adapting(task):
         first = logits(adapted, batch)
-        with adapted.adapted(adapted.generate(torch.tensor([0])), slots):
+        with adapted.adapting(torch.tensor([0])):
             assert not torch.equal(logits(adapted, batch), first)
         assert torch.equal(logits(adapted, batch), first)  # an inner `with` gives back the outer one's weights
     assert torch.equal(logits(adapted, batch), untouched)
-    with pytest.raises(KeyError), adapted.adapted(weights, slots):
+    with pytest.raises(KeyError), adapted.adapting(task):
         raise KeyError
     assert torch.equal(logits(adapted, batch), untouched)
 
@@ -138,7 +159,7 @@ def test_hooks_are_inert_outside_and_can_be_removed(folder: Path):
     assert hooked == names
     adapted.injection.remove()
     assert not any(module._forward_hooks for module in adapted.backbone.modules())
-    with adapted.adapted(weights, slots):
+    with adapted.adapting(task):
         assert torch.equal(logits(adapted, batch), untouched)
 
 
@@ -156,7 +177,7 @@ def test_activation_checkpointing_changes_no_gradient(folder: Path, adapters: st
         labels = ids.masked_fill(mask == 0, -100)
         positions, targets, _ = label_positions(labels, adapted.architecture.is_encoder_decoder)
         torch.manual_seed(0)
-        with adapted.adapted(adapted.generate(torch.arange(3)), torch.tensor([2, 0, 1, 0, 2])):
+        with adapted.adapting(torch.tensor([2, 0, 1, 0, 2])):
             loss = token_losses(adapted.label_logits(ids, mask, labels, positions), targets).sum()
             loss.backward()
         return loss.detach(), [grad_of(parameter) for parameter in adapted.generator.parameters()]
@@ -176,25 +197,28 @@ def test_gradients_of_micro_batches_meet_in_the_leaves(folder: Path):
     adapted.dtype = torch.float64
     tiny.disturb(adapted.generator)
     batch = inputs(adapted, rows=6)
-    slots = torch.tensor([2, 0, 1, 0, 2, 1])
+    tasks = torch.tensor([2, 0, 1, 0, 2, 1])
 
-    def loss(weights: Weights, rows: slice) -> Tensor:
-        with adapted.adapted(weights, slots[rows]):
-            return logits(adapted, {name: tensor[rows] for name, tensor in batch.items()}).square().sum()
+    def loss(rows: slice) -> Tensor:
+        return logits(adapted, {name: tensor[rows] for name, tensor in batch.items()}).square().sum()
 
     def gradients(run: Any) -> list[Tensor]:
         adapted.generator.zero_grad()
         run()
         return [grad_of(parameter).clone() for parameter in adapted.generator.parameters()]
 
-    def in_parts() -> None:
-        made = adapted.generate(torch.arange(3))
-        leaves = as_leaves(made)
-        assert all(leaf.is_leaf and leaf.requires_grad for leaf in tensors_of(leaves))
-        for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
-            loss(leaves, rows).backward()
-        backward(made, leaves)
+    def at_once() -> None:
+        with adapted.adapting(tasks):
+            loss(slice(0, 6)).backward()
 
-    whole = gradients(lambda: loss(adapted.generate(torch.arange(3)), slice(0, 6)).backward())
+    def in_parts() -> None:
+        generation = adapted.generation(torch.arange(3))
+        for rows in (slice(0, 2), slice(2, 4), slice(4, 6)):
+            with adapted.training(generation, tasks[rows], 3):
+                loss(rows).backward()
+        assert not any(parameter.grad is not None for parameter in adapted.generator.parameters())
+        generation.backward()
+
+    whole = gradients(at_once)
     for one, other in zip(whole, gradients(in_parts), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -115,7 +115,7 @@ def test_batched_generation_and_hooks_are_the_plain_formulas(
     batch, tasks = questions(ours), torch.tensor([2, 0, 1, 0])
     mask = batch["attention_mask"].bool()
 
-    with ours.adapted(ours.generate(torch.arange(NUM_TASKS)), tasks):
+    with ours.adapting(tasks):
         mixed = logits(ours, batch)
     real = torch.ones(mixed.shape[:2], dtype=torch.bool) if ours.architecture.is_encoder_decoder else mask
     mixed[real].square().sum().backward()
@@ -150,12 +150,12 @@ def test_batched_generation_and_hooks_are_the_plain_formulas(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_step_0_is_exactly_the_untouched_backbone(kind: str, generator: str, dtype: str, family: str, folder: Path):
     adapted = model(folder, settings(kind, family, generator), dtype=dtype)
-    batch, slots = questions(adapted), torch.tensor([0, 1, 1, 0])
+    batch, tasks = questions(adapted), torch.tensor([0, 2, 2, 0])
     untouched = logits(adapted, batch)
-    with adapted.adapted(adapted.generate(torch.tensor([0, 2])), slots):
+    with adapted.adapting(tasks):
         assert torch.equal(logits(adapted, batch), untouched)
     tiny.disturb(adapted.generator)
-    with adapted.adapted(adapted.generate(torch.tensor([0, 2])), slots):
+    with adapted.adapting(tasks):
         assert not torch.equal(logits(adapted, batch), untouched)
 
 
@@ -171,7 +171,7 @@ def test_every_head_learns_by_the_third_step(generator: str, init: str, family: 
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        with adapted.adapted(adapted.generate(torch.arange(NUM_TASKS)), torch.arange(6) % NUM_TASKS):
+        with adapted.adapting(torch.arange(6) % NUM_TASKS):
             logits = adapted.label_logits(ids, torch.ones_like(ids), labels, positions)
             loss = token_losses(logits, targets).mean()
             loss.backward()
@@ -224,7 +224,7 @@ def test_more_tasks_leave_the_known_ones_to_the_bit(generator: str, family: str,
     more = build_generator(chosen, known.site_map, kinds, NUM_TASKS + 2, seed=1)
     more.load_state_dict(with_new_tasks(more, state), strict=True)
     tasks = torch.arange(NUM_TASKS)
-    for one, other in zip(tensors_of(known.generate(tasks)), tensors_of(more(tasks)), strict=True):
+    for one, other in zip(tensors_of(known.generator(tasks)), tensors_of(more(tasks)), strict=True):
         assert torch.equal(one, other)
     rows = keep_known_tasks(more, NUM_TASKS)
     expected = {"independent": set(dict(more.named_parameters())), "shared": set()}
@@ -248,12 +248,12 @@ def test_a_prefix_while_decoding(family: str, folder: Path, attention: str, padd
         ids, mask = ids.flip(1), mask.flip(1)  # decoder-only prompts are padded on the left
     never, five = torch.tensor([-1]), torch.full((len(ids),), 5)
     with torch.no_grad():
-        with adapted.adapted(adapted.generate(torch.arange(NUM_TASKS)), tasks):
+        with adapted.adapting(tasks):
             cached = greedy_decode(adapted, ids, mask, five, never, bool)
         untouched = greedy_decode(adapted, ids, mask, five, never, bool)
         for row, task in enumerate(tasks):
             prompt = ids[row : row + 1, mask[row].bool()]
-            with adapted.adapted(adapted.generate(task.view(1)), torch.zeros(1, dtype=torch.int64)):
+            with adapted.adapting(task.view(1)):
                 assert torch.equal(recomputed(adapted, prompt, 5), cached[row])
     assert not torch.equal(cached, untouched)
 
@@ -280,7 +280,7 @@ def test_a_prefix_under_either_attention(family: str, folder: Path):
             batch = questions(adapted) | {"attention_mask": mask}
             with (
                 torch.no_grad(),
-                adapted.adapted(adapted.generate(torch.arange(NUM_TASKS)), torch.tensor([2, 0, 1, 0])),
+                adapted.adapting(torch.tensor([2, 0, 1, 0])),
             ):
                 real = logits(adapted, batch)
             seen.append(real if adapted.architecture.is_encoder_decoder else real[mask.bool()])
@@ -297,7 +297,7 @@ def test_activation_checkpointing_changes_no_gradient(kind: str, family: str, fo
             set_activation_checkpointing(adapted.backbone)
         batch = questions(adapted)
         torch.manual_seed(0)
-        with adapted.adapted(adapted.generate(torch.arange(NUM_TASKS)), torch.tensor([2, 0, 1, 0])):
+        with adapted.adapting(torch.tensor([2, 0, 1, 0])):
             logits(adapted, batch).square().sum().backward()
         return [parameter.grad for parameter in adapted.generator.parameters() if parameter.grad is not None]
 
@@ -308,12 +308,11 @@ def test_activation_checkpointing_changes_no_gradient(kind: str, family: str, fo
 def test_nothing_acts_outside_and_hooks_can_be_removed(family: str, folder: Path):
     adapted = model(folder, settings("all", family, "hypernetwork"))
     tiny.disturb(adapted.generator)
-    batch, slots = questions(adapted), torch.tensor([0, 0, 1, 2])
-    made = adapted.generate(torch.arange(NUM_TASKS))
+    batch, tasks = questions(adapted), torch.tensor([0, 0, 1, 2])
     fresh = tiny.adapted_model(folder, {"adapters": [{"kind": "lora"}]})
     untouched = logits(fresh, batch)
     assert torch.equal(logits(adapted, batch), untouched)
-    with adapted.adapted(made, slots):
+    with adapted.adapting(tasks):
         assert not torch.equal(logits(adapted, batch), untouched)
     assert torch.equal(logits(adapted, batch), untouched)
     adapted.injection.remove()
@@ -321,5 +320,5 @@ def test_nothing_acts_outside_and_hooks_can_be_removed(family: str, folder: Path
     for module in adapted.backbone.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks or module in ours
-    with adapted.adapted(made, slots):
+    with adapted.adapting(tasks):
         assert torch.equal(logits(adapted, batch), untouched)

@@ -17,6 +17,7 @@ from hyperscale.export.exporter import TrainedGenerator, export_bundles
 from hyperscale.export.peft_format import read_peft
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.backbone import load_dense, open_backbone
+from hyperscale.model.generation import EagerGeneration
 from hyperscale.model.weights import cast
 from tests import tiny
 from tests.runs import TASKS, corpus_of, engine_of, loader_of, make_recipe, write_tasks
@@ -101,8 +102,9 @@ def questions(model: AdaptedModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def ours(model: AdaptedModel, task: int, inputs: dict[str, Tensor], stored: torch.dtype = torch.float32) -> Tensor:
     """Return our logits of one task, its weights rounded to `stored`."""
-    weights = cast(cast(model.generate(torch.tensor([task])), stored), torch.float32)
-    with model.adapted(weights, torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)):
+    weights = cast(cast(model.generator(torch.tensor([task])), stored), torch.float32)
+    slots = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)
+    with model.training(EagerGeneration(weights), slots, 1):
         logits: Tensor = model.backbone(**inputs).logits
     return logits
 
@@ -124,7 +126,7 @@ def test_same_logits(family: str, adapter: dict[str, Any], request: pytest.Fixtu
         assert (wanted - untouched).abs().max() > 1e-2
         seen.append(wanted)
         again = read_peft(bundle, engine.model.site_map)
-        for group, named in engine.model.generate(torch.tensor([task])).items():
+        for group, named in engine.model.generator(torch.tensor([task])).items():
             for name, tensor in named.items():
                 assert (again[group][name] - tensor).abs().max() <= 1e-6
     assert (seen[0] - seen[1]).abs().max() > 1e-3

@@ -17,7 +17,7 @@ from hyperscale.engine.ds_config import read_sharding
 from hyperscale.engine.zero import ZeroEngine
 from hyperscale.model.adapted import label_positions, token_losses
 from hyperscale.model.backbone import build_empty, open_backbone, open_shapes
-from hyperscale.model.weights import as_leaves
+from hyperscale.model.generation import EagerGeneration
 from hyperscale.planning.memory import Sharding, describe_run, plan_memory, scale_rows, step_shape
 from hyperscale.planning.parts import find_parts
 from hyperscale.planning.trace import StepShape, build_meta_model, trace_step
@@ -76,7 +76,7 @@ def test_the_trace_keeps_what_a_real_step_keeps(request: pytest.FixtureRequest, 
     traced = trace_step(build_meta_model(recipe_of(path), open_backbone(recipe_of(path).backbone)), shape)
 
     model = tiny.adapted_model(path, recipe_of(path).adaptation.model_dump())
-    leaves = as_leaves(model.generate(torch.arange(3)))
+    generation = EagerGeneration(model.generator(torch.arange(3)))
     length = 24 if family == "t5" else 32
     ids = torch.randint(3, 200, (4, length))
     labels = torch.full((4, 8 if family == "t5" else length), -100)
@@ -93,7 +93,7 @@ def test_the_trace_keeps_what_a_real_step_keeps(request: pytest.FixtureRequest, 
 
     with (
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        model.adapted(leaves, torch.tensor([0, 1, 2, 0])),
+        model.training(generation, torch.tensor([0, 1, 2, 0]), 3),
     ):
         logits = model.label_logits(ids, torch.ones_like(ids), labels, positions)
     saved = sum(kept.values()) - logits.nbytes

@@ -28,8 +28,7 @@ def sample_losses(model: AdaptedModel, batches: Sequence[Batch], label_smoothing
     losses, sizes = [], []
     for batch in batches:
         positions, targets, samples = label_positions(batch.labels, model.architecture.is_encoder_decoder)
-        tasks, slots = torch.unique(batch.task_index, return_inverse=True)
-        with torch.no_grad(), model.answering(tasks, slots):
+        with torch.no_grad(), model.adapting(batch.task_index):
             logits = model.label_logits(batch.input_ids, batch.attention_mask, batch.labels, positions)
         of_tokens = token_losses(logits, targets, label_smoothing).double()
         losses += [of_tokens[samples == sample].mean() for sample in range(len(batch.labels))]

@@ -6,7 +6,7 @@ transformers' `Trainer`, or Accelerate.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,10 +23,9 @@ from hyperscale.errors import ConfigError, nearest
 from hyperscale.export.peft_format import require_peft_support, write_peft
 from hyperscale.model.architectures import architecture_of
 from hyperscale.model.build import Blueprint
-from hyperscale.model.generation import split_by_site
 from hyperscale.model.generators.generator import num_parameters
-from hyperscale.model.injection import Injection
-from hyperscale.model.weights import Weights, cast
+from hyperscale.model.injection import Injection, adapting
+from hyperscale.model.weights import Weights
 
 Task = int | str
 """A task's number, or its name."""
@@ -272,12 +271,8 @@ class MultiTaskModel(nn.Module):
             )
         return tasks
 
-    @contextmanager
-    def _adapting(self, tasks: Tensor) -> Iterator[None]:
-        numbers, slots = torch.unique(tasks, return_inverse=True)
-        weights = cast(self.generator(numbers), next(self.backbone.parameters()).dtype)
-        with self._injection.active(split_by_site(weights), None if len(numbers) == 1 else slots):
-            yield
+    def _adapting(self, tasks: Tensor) -> AbstractContextManager[None]:
+        return adapting(self._injection, self.generator, tasks, next(self.backbone.parameters()).dtype)
 
 
 def _settings(fields: Mapping[str, Any]) -> AdaptationSettings:

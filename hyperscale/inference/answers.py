@@ -100,11 +100,9 @@ class Answerer:
         merged = {row: text for ranks in self.collective.gather(mine) for row, text in ranks.items()}
         return [merged[row] for row in range(len(questions))]
 
+    @torch.no_grad()
     def _adapted(self, task_index: Tensor, adapted: bool) -> AbstractContextManager[None]:
-        if not adapted:
-            return nullcontext()
-        tasks, slots = torch.unique(task_index, return_inverse=True)
-        return self.model.answering(tasks.to(self.device), slots.to(self.device))
+        return self.model.adapting(task_index) if adapted else nullcontext()
 
     def _share(self) -> Share:
         return Share(self.collective.rank, self.collective.world_size, self.layout)

@@ -29,7 +29,7 @@ def greedy_decode(
     stop_ids: Tensor,
     anyone: Agree,
 ) -> Tensor:
-    """Continue each prompt with the most likely token until a stop token or its limit; inside `model.answering(...)`.
+    """Continue each prompt with the most likely token until a stop token or its limit; inside `model.adapting(...)`.
 
     The batch is decoded until its last row is finished, here and on all other ranks.
 
@@ -150,7 +150,7 @@ class _Seq2SeqSteps:
 def answer_log_likelihoods(
     model: AdaptedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, endings: Tensor
 ) -> Tensor:
-    """Return the log-likelihoods [B, C], at least fp32, of C answers to each prompt; inside `model.answering(...)`.
+    """Return the log-likelihoods [B, C], at least fp32, of C answers to each prompt; inside `model.adapting(...)`.
 
     An answer is a row's label tokens with another last token. The tokens before it are computed once for all C. The
     log-likelihoods are sums over tokens, so whole answers compete, as in the usual label-scoring protocol.

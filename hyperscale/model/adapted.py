@@ -2,19 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperscale.model.architectures import Architecture
-from hyperscale.model.generation import EagerGeneration, Generation, split_by_site
+from hyperscale.model.generation import EagerGeneration, Generation
 from hyperscale.model.generators.generator import Generator
-from hyperscale.model.injection import Injection
+from hyperscale.model.injection import Injection, adapting
 from hyperscale.model.losses import CrossEntropy
 from hyperscale.model.sites import SiteMap
-from hyperscale.model.weights import Weights, cast
 
 
 class AdaptedModel:
@@ -43,10 +41,12 @@ class AdaptedModel:
         if architecture.is_encoder_decoder:
             backbone.register_forward_pre_hook(self._look_up_together, with_kwargs=True)
 
-    def generate(self, tasks: Tensor) -> Weights:
-        """Return fp32 weights of all sites for task ids [K] int64, with a graph into the generator."""
-        weights: Weights = self.generator(tasks)
-        return weights
+    def adapting(self, tasks: Tensor) -> AbstractContextManager[None]:
+        """Generate the adapters of the tasks [B] of a batch once, and adapt forwards inside the `with`.
+
+        See `injection.adapting`. The micro-batches of a training step share one `generation` instead.
+        """
+        return adapting(self.injection, self.generator, tasks, self.dtype, self.site_by_site)
 
     def generation(self, tasks: Tensor) -> Generation:
         """Return the weights of K tasks for the micro-batches of a step, see `training`."""
@@ -56,17 +56,6 @@ class AdaptedModel:
     def training(self, generation: Generation, slots: Tensor, num_tasks: int) -> AbstractContextManager[None]:
         """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the tasks of `generation`."""
         return self.injection.active(generation.source(self.dtype), None if num_tasks == 1 else slots)
-
-    def answering(self, tasks: Tensor, slots: Tensor) -> AbstractContextManager[None]:
-        """Adapt forwards inside the `with`, without gradients; all weights are made once and kept for them."""
-        with torch.no_grad():
-            source = cache(self.generation(tasks).source(self.dtype))
-        return self.injection.active(source, None if len(tasks) == 1 else slots)
-
-    def adapted(self, weights: Weights, slots: Tensor) -> AbstractContextManager[None]:
-        """Adapt forwards (and their backwards) inside the `with`; `slots` [B] index the K tasks of `weights`."""
-        num_tasks = len(next(iter(next(iter(weights.values())).values())))
-        return self.injection.active(split_by_site(cast(weights, self.dtype)), None if num_tasks == 1 else slots)
 
     def label_logits(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Return logits [N, V] at the N label positions only; the rest of the vocabulary product is never computed.

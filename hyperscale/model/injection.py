@@ -1,11 +1,12 @@
 """Adapters act through hooks on the sites' layers; the backbone itself is never changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -13,8 +14,9 @@ from hyperscale.model import hooks
 from hyperscale.model.adapters.kinds import AdapterKind, Place
 from hyperscale.model.adapters.prefix import Prefix
 from hyperscale.model.architectures import Architecture, architecture_of
-from hyperscale.model.generation import Source
+from hyperscale.model.generation import Source, split_by_site
 from hyperscale.model.sites import SiteMap
+from hyperscale.model.weights import cast
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,29 @@ class Injection:
         if active is None:
             return ()
         return [hooks.Act(place.place, place.kind, _select(active, place)) for place in places]
+
+
+def adapting(
+    injection: Injection, generator: nn.Module, tasks: Tensor, dtype: torch.dtype, site_by_site: bool = False
+) -> AbstractContextManager[None]:
+    """Generate the adapters of a batch once, and adapt forwards and their backwards inside the `with`.
+
+    The call itself generates. Gradients reach the generator, unless gradients are off when this is called.
+
+    Args:
+        generator: see `generators.generator.Generator`.
+        tasks: [B] int64, the task id of each sample; [1] is the task of every sample.
+        dtype: the backbone's dtype.
+        site_by_site: without gradients, generate each site's weights when it first acts, so that the fp32 weights of
+            all sites never exist at once. With gradients every site's weights stay for the backward pass anyway.
+    """
+    device = next(generator.parameters()).device
+    known, inverse = torch.unique(tasks, return_inverse=True)
+    slots = None if len(known) == 1 else inverse.to(device)
+    if site_by_site and not torch.is_grad_enabled():
+        per_site: Any = generator.site_by_site
+        return injection.active(cache(per_site(known.to(device)).source(dtype)), slots)
+    return injection.active(split_by_site(cast(generator(known.to(device)), dtype)), slots)
 
 
 _WAYS: Mapping[Place, str] = {
