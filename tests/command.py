@@ -13,7 +13,7 @@ from hyperscale.cli import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command said, and how it ended."""
+    """The output of a command and its exit code."""
 
     code: int
     out: str

@@ -103,7 +103,9 @@ def test_known_tasks_do_not_change_by_a_bit(kind: str, place: Path, capsys: pyte
     assert made_by == {"mood": "base", "style": "base-style", "third": "base-style-third"}
 
 
-def test_everything_goes_on_with_a_share_of_the_known_tasks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_generator_trains_on_with_a_share_of_the_known_tasks(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(place, "hypernetwork", capsys)
     more = ("--train", "everything", "--old-share", "0.5", "training.steps=12")
     done = adapt(place, capsys, *more)
@@ -123,7 +125,7 @@ def test_everything_goes_on_with_a_share_of_the_known_tasks(place: Path, capsys:
     assert read_result(str(place / "base-style")).steps == 14
 
 
-def test_what_cannot_be_adapted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapt_refuses_wrong_options(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(outcome: Outcome) -> str:
         assert outcome.code != 0
         assert "Traceback" not in outcome.err
@@ -133,12 +135,12 @@ def test_what_cannot_be_adapted(place: Path, capsys: pytest.CaptureFixture[str])
     train(place, "shared", capsys)
     assert "--task " + str(place / "tone.yaml") in refused(adapt(place, capsys, task="tone"))
     assert "which has no weights of one task alone; use start.train=everything" in refused(adapt(place, capsys))
-    told = refused(adapt(place, capsys, "--old-share", "0.5"))
-    assert told.startswith("--old-share 0.5: a number from 0 to below 1, and 0 unless with --train everything")
-    told = refused(adapt(place, capsys, "--train", "everything", "data.mixture.weights=[0.5, 0.5]"))
-    assert "mixture.weights has 2 values for 3 tasks" in told
-    told = refused(adapt(place, capsys, "--train", "everything", "adaptation.adapters.0.rank=4"))
-    assert "The checkpoint belongs to another run" in told
+    message = refused(adapt(place, capsys, "--old-share", "0.5"))
+    assert message.startswith("--old-share 0.5: a number from 0 to below 1, and 0 unless with --train everything")
+    message = refused(adapt(place, capsys, "--train", "everything", "data.mixture.weights=[0.5, 0.5]"))
+    assert "mixture.weights has 2 values for 3 tasks" in message
+    message = refused(adapt(place, capsys, "--train", "everything", "adaptation.adapters.0.rank=4"))
+    assert "The checkpoint belongs to another run" in message
     assert adapt(place, capsys, "--train", "everything", f"output={place / 'fine'}").code == 0
 
 

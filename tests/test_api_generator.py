@@ -65,7 +65,7 @@ def equal(left: dict[str, dict[str, torch.Tensor]], right: dict[str, dict[str, t
     )
 
 
-def test_what_a_generator_tells(generator: "hs.Generator", home: Path) -> None:
+def test_properties_of_a_generator(generator: "hs.Generator", home: Path) -> None:
     assert generator.tasks == TASKS
     assert generator.scores.keys() == set(TASKS)
     lines = repr(generator).splitlines()
@@ -155,7 +155,7 @@ def test_damaged_folders(saved: Path, tmp_path: Path, name: str, change: tuple[s
         hs.Generator.from_pretrained(folder)
 
 
-def test_tensors_that_do_not_belong_to_the_config(saved: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_match_the_config_are_refused(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     tensors = load_file(folder / "generator.safetensors")
     tensors.pop(next(iter(tensors)))
@@ -209,7 +209,7 @@ def test_the_command_line_exports_a_saved_generator(
     assert refused.errors == [f"{saved} is a saved generator, not a run folder: say with --output where bundles go"]
 
 
-def test_places_that_hold_no_generator(tmp_path: Path, home: Path) -> None:
+def test_from_pretrained_refuses_wrong_folders_and_options(tmp_path: Path, home: Path) -> None:
     with pytest.raises(hs.HyperscaleError, match=r"does not exist"):
         hs.Generator.from_pretrained(tmp_path / "nothing")
     with pytest.raises(BundleError, match=r"revision='v1' is for a generator on the hub"):
@@ -220,7 +220,7 @@ def test_places_that_hold_no_generator(tmp_path: Path, home: Path) -> None:
         hs.Generator.from_pretrained(home / "run").describe("a task")
 
 
-def test_every_kind_has_names_of_its_own(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def test_tensor_names_of_every_kind(tmp_path: Path, tiny_llama_folder: Path) -> None:
     kinds = [
         {"kind": "lora", "targets": ["q", "down"]},
         {"kind": "bottleneck", "reduction": 4},

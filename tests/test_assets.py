@@ -111,7 +111,7 @@ def test_another_digest_is_refused_and_named(package: PinnedPackage, empty_cache
 
 
 @pytest.mark.usefixtures("offline")
-def test_offline_the_message_says_how_to_place_the_file(fetched_wheel: Path, empty_cache: Path) -> None:
+def test_the_offline_message_explains_how_to_place_the_file(fetched_wheel: Path, empty_cache: Path) -> None:
     with pytest.raises(AssetError) as failure:
         resolve_packaged(SMOLLM2)
     message = str(failure.value)

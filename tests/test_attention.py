@@ -39,7 +39,7 @@ def attend(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "cu_seq_lens_q", "head_mask"])
-def test_what_is_not_computed_is_refused(name: str):
+def test_unsupported_attention_options_are_refused(name: str):
     with pytest.raises(BackboneError, match=rf"does not compute {name}, which Module asks for; set backbone.attention"):
         attend(**{name: torch.ones(1)})
     attend(**{name: None})

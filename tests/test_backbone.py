@@ -1,4 +1,4 @@
-"""Finding, describing and loading a frozen backbone, and what its user is told where that fails."""
+"""Finding, describing and loading a frozen backbone, and the errors where that fails."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             return tiny.tiny_t5(tmp_path / "t5", tie_word_embeddings=True, feed_forward_proj="relu")
 
 
-def test_the_tiny_backbones_are_what_they_say(tiny_llama_folder: Path, tiny_t5_folder: Path):
+def test_tiny_backbones_match_their_tokenizers(tiny_llama_folder: Path, tiny_t5_folder: Path):
     for path in (tiny_llama_folder, tiny_t5_folder):
         tokenizer = AutoTokenizer.from_pretrained(path)
         found = opened(path)
@@ -161,7 +161,7 @@ def test_weights_in_several_files(tiny_llama_folder: Path, tmp_path: Path):
     assert "model.safetensors.index.json is damaged" in refusal(tmp_path)
 
 
-def test_what_a_wrong_folder_is_told(tiny_llama_folder: Path, tmp_path: Path):
+def test_a_wrong_folder_gives_one_clear_error(tiny_llama_folder: Path, tmp_path: Path):
     assert "'smollm2-135m' is neither a folder nor a packaged backbone" in refusal("smollm2-135m")
     assert "Did you mean 'smollm2-135m-instruct'?" in refusal("smollm2-135m")
     assert "is neither a folder" in refusal(tmp_path / "missing")

@@ -193,7 +193,7 @@ def is_refused(outcome: Outcome, *fragments: str, lines: int = 1) -> None:
     assert [fragment for fragment in fragments if fragment not in outcome.err] == [], outcome.err
 
 
-def test_all_problems_of_a_recipe_are_said_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_of_a_recipe_are_reported_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["training.steps=0", "training.stpes=5", "engine.kind=zer0", "backbone.dtype=fp64"]
     outcome = run(capsys, "validate", "recipe.yaml", *wrong)
     is_refused(outcome, "training.steps: 0", "Did you mean 'steps'?", "Did you mean 'zero'?", "fp64", lines=4)
@@ -256,7 +256,7 @@ def earlier(prepared: Path) -> Path:
 TRAIN = ("train", "recipe.yaml", "--launcher", "local")
 
 
-def test_a_run_folder_that_cannot_be_used(
+def test_an_unusable_run_folder_is_refused(
     place: Path, earlier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = tree(place)
@@ -290,7 +290,7 @@ def test_more_workers_than_one_process_has(place: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="left out: this machine has a CUDA device")
-def test_a_gpu_that_is_not_there(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run(capsys, *TRAIN, "cluster.gpus_per_worker=1", f"output={place / 'gpu'}")
     is_refused(outcome, "worker 0 sees no CUDA device", "set it to 0")
 
@@ -315,7 +315,9 @@ def test_a_checkpoint_of_another_run(
     assert tree(earlier / "checkpoints") == before
 
 
-def test_what_cannot_be_evaluated_or_exported(place: Path, earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_refuse_missing_folders_and_tasks(
+    place: Path, earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = tree(place)
     is_refused(
         run(capsys, "evaluate", "nothere"), "nothere does not exist", "Give a checkpoint, or the folder of a run"
@@ -341,7 +343,7 @@ def damaged(earlier: Path, tmp_path: Path) -> Iterator[Path]:
     return copy
 
 
-def test_what_cannot_be_predicted(
+def test_predict_refuses_wrong_input(
     place: Path, earlier: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle, answers = earlier / "bundles" / "toy", tmp_path / "answers.jsonl"

@@ -53,7 +53,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "run") if request.param == "local" else f"memory://{uuid4().hex}/run"
 
 
-def test_what_was_saved_is_loaded_and_the_newest_are_kept(folder: str) -> None:
+def test_saved_checkpoints_load_and_the_newest_are_kept(folder: str) -> None:
     store = CheckpointStore(folder, keep=2)
     assert store.latest() is None
     assert store.list() == ()
@@ -129,7 +129,7 @@ def test_a_damaged_or_missing_file_is_named_with_the_checkpoint_to_use_instead(f
     assert_same(store.load(store.list()[0]), make_checkpoint(1))
 
 
-def test_what_a_killed_save_had_no_time_to_prune_is_swept(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     for step in (1, 2):
         CheckpointStore(str(tmp_path), keep=2).save(make_checkpoint(step))
     store = CheckpointStore(str(tmp_path), keep=1)
@@ -183,7 +183,7 @@ def test_a_save_outlives_two_failures_and_reports_a_third_as_transient() -> None
 
 
 @pytest.mark.usefixtures("without_pauses")
-def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"step 5 cannot be written.*Free some space or fix the location"):
         CheckpointStore(str(tmp_path / "file"), keep=1).save(make_checkpoint(5))
@@ -256,8 +256,8 @@ _NURSERY = textwrap.dedent(
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             with os.fdopen(read) as stream:
-                told = [int(line) for line in stream.read().split()]
-            step = check(least=told[-1] if told else step)
+                printed = [int(line) for line in stream.read().split()]
+            step = check(least=printed[-1] if printed else step)
     store.sweep()
     assert sorted(os.listdir(folder + "/checkpoints")) == [os.path.basename(store.latest())]
     print(kills, step)
@@ -298,7 +298,7 @@ def make_manifest() -> dict[str, object]:
     )
 
 
-def test_manifest_differences_are_told_in_words() -> None:
+def test_manifest_differences_are_described() -> None:
     stored = make_manifest()
     assert json.loads(json.dumps(stored)) == stored
     same = make_manifest() | {"versions": {"torch": "3.0"}, "backbone": {"name": "/moved", "digest": "a" * 64}}

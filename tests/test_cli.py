@@ -153,7 +153,7 @@ def test_tasks_shows_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     assert "Did you mean 'snips'?" in run(capsys, "tasks", "snisp").errors[0]
 
 
-def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYPERSCALE_CACHE", "/nowhere/yet")
     outcome = run(capsys, "doctor")
     assert outcome.code == 0, outcome.out
@@ -179,7 +179,7 @@ def test_the_command_line_starts_at_once() -> None:
     assert min(spent) < 0.5  # of processor time, so that a busy machine does not count
 
 
-def test_ctrl_c_stops_in_one_line_and_the_run_goes_on(
+def test_ctrl_c_stops_with_one_line_and_the_run_resumes(
     tmp_path: Path,
     tiny_llama_folder: Path,
     capsys: pytest.CaptureFixture[str],

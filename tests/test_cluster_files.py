@@ -70,7 +70,7 @@ def test_every_way_onto_a_cluster_shows_a_command() -> None:
 
 
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: path.relative_to(CLUSTER).as_posix())
-def test_commands_are_ones_that_the_program_knows(path: Path) -> None:
+def test_commands_of_cluster_files_resolve_to_valid_recipes(path: Path) -> None:
     for words in commands(path):
         assert words[0] in {"train", "submit"}
         recipe = resolved(words)

@@ -218,8 +218,8 @@ def test_a_run_without_a_record_is_trained_again(compared: Compared, capsys: pyt
     record.unlink()
     dry = run(capsys, "compare", file, "--launcher", "local", "--dry-run")
     assert f"finished: {RUNS - 1}, with" in dry.out
-    mended = run(capsys, "compare", file, "--launcher", "local")
-    assert mended.code == 0, mended.err
+    repaired = run(capsys, "compare", file, "--launcher", "local")
+    assert repaired.code == 0, repaired.err
     (trained,) = (compared.place / "lost_results/runs").iterdir()
     assert trained.name == folder.name
     assert (trained / "predictions/test.jsonl").read_bytes() == (folder / "predictions/test.jsonl").read_bytes()
@@ -297,7 +297,7 @@ def test_seeds_of_a_method_begin_when_its_own_search_is_done(place: Path) -> Non
         assert (trial.trial.method, trial.trial.learning_rate) == (name, best.trial.learning_rate)
 
 
-def test_a_run_that_is_killed_says_what_to_do(place: Path) -> None:
+def test_a_killed_run_reports_what_to_do(place: Path) -> None:
     file = place / "comparison.yaml"
     (recipe,) = make_trial(load_comparison(file), "shared", 0.001, 1).recipes
     child, log = place / "child.yaml", place / "child.log"
@@ -340,7 +340,7 @@ def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[st
         (("--jobs", 2), "--jobs 2 starts processes of one worker each; add --launcher local"),
     ],
 )
-def test_jobs_that_cannot_be(
+def test_impossible_numbers_of_jobs_are_refused(
     options: tuple[object, ...], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused = run(capsys, "compare", place / "comparison.yaml", *options)
@@ -383,7 +383,7 @@ def test_a_wrong_comparison(
     assert not (place / "results").exists()
 
 
-def test_only_a_method_that_there_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_refuses_an_unknown_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused = run(capsys, "compare", place / "comparison.yaml", "--only", "shard")
     assert refused.code == 2
     assert "--only shard is none of the methods hypernetwork, shared, alone. Did you mean 'shared'?" in refused.err

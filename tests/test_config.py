@@ -1,4 +1,4 @@
-"""Recipes: read, overridden, checked as a whole, and every mistake told in a line."""
+"""Recipes: read, overridden and checked as a whole; every problem is one line."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_schema():
     assert not validator.is_valid({key: value for key, value in MINIMAL.items() if key != "data"})
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path):
+def test_every_problem_is_reported_at_once(tmp_path: Path):
     path = write(
         tmp_path,
         name="two words",
@@ -110,7 +110,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path):
     ]
 
 
-def test_sections_that_contradict_each_other_are_told_together(tmp_path: Path):
+def test_contradicting_sections_are_reported_together(tmp_path: Path):
     path = write(tmp_path, adaptation={"adapters": [{"kind": "bottleneck"}, {"kind": "bottleneck"}]})
     (line,) = problems(
         path, "export.format=peft", "cluster.workers=3", "training.optimizer.warmup_steps=21", "training.batch_size=50"
@@ -180,7 +180,7 @@ def test_methods_are_compared_by_one_word(tmp_path: Path):
     assert load_recipe(path, ["engine.kind=local"]).engine.activation_checkpointing
 
 
-def test_overrides_that_cannot_be(tmp_path: Path):
+def test_invalid_overrides_are_refused(tmp_path: Path):
     path = write(tmp_path, adaptation=HYPERNETWORK)
     for override, message in {
         "training.steps": "override 'training.steps' is not of the form dotted.key=value",
@@ -243,7 +243,7 @@ def test_paths_are_relative_to_the_recipe_and_overrides_to_the_working_folder(
     assert load_recipe(str(again)) == recipe
 
 
-def test_files_that_are_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_that_hold_no_recipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"^recipe file 'gone.yaml' does not exist \(looked in .*\)$"):
         find_recipe("gone.yaml")
@@ -261,7 +261,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert problems("recipe.yaml")[0].startswith(f"{file}: cannot be read: ")
 
 
-def test_a_key_given_twice_is_a_mistake_and_a_merge_is_none(tmp_path: Path):
+def test_a_duplicate_key_is_an_error_and_a_merge_key_is_not(tmp_path: Path):
     twice = tmp_path / "twice.yaml"
     twice.write_text(f"{yaml.safe_dump(MINIMAL)}seed: 1\nseed: 2\n")
     [line] = problems(str(twice))

@@ -39,7 +39,7 @@ def place(folder: Path, backbone: Path) -> Path:
     for name in DESCRIPTIONS:
         write_task(folder, name)
     recipe = {
-        "name": "told",
+        "name": "described",
         "output": str(folder / "run"),
         "backbone": {"name": str(backbone), "dtype": "float32"},
         "adaptation": {"task_encoder": {"kind": "text", "dim": 16}, "adapters": [{"kind": "lora", "rank": 2}]},
@@ -95,7 +95,9 @@ def test_a_task_that_was_never_trained(
     assert set(answers) <= set(LABELS.values())
 
 
-def test_what_cannot_be_described(tmp_path: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_descriptions_that_cannot_be_read_are_refused(
+    tmp_path: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = place(tmp_path, tiny_llama_folder)
     local = ("--launcher", "local", "engine.kind=local", "cluster.workers=1")
     silent = run(
@@ -107,14 +109,14 @@ def test_what_cannot_be_described(tmp_path: Path, tiny_llama_folder: Path, capsy
     assert not (folder / "run").exists()
     assert run(capsys, "train", folder / "recipe.yaml", *local).code == 0
     write_task(folder, "style", labels=None, metrics=["accuracy"])
-    for task, told in (
+    for task, reason in (
         ("mood", "task 'mood' was trained; export it without --describe"),
         ("silent", "task 'silent' has no description"),
         ("style", "task 'style' takes its labels from its rows, which are not read here; list labels"),
     ):
         refused = run(capsys, "export", folder / "run", "--describe", folder / f"{task}.yaml")
         assert refused.code != 0
-        assert refused.errors[0].startswith(told)
+        assert refused.errors[0].startswith(reason)
     table = ("output=" + str(folder / "table"), "adaptation.task_encoder.kind=table")
     assert run(capsys, "train", folder / "recipe.yaml", *local, *table).code == 0
     refused = run(capsys, "export", folder / "table", "--describe", folder / "style.yaml")

@@ -76,20 +76,20 @@ def test_the_command_line_exports(run: Recipe, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reason"),
     [
         (["--task", "pasd"], "no task 'pasd'. Did you mean 'past'"),
         (["--output", "{file}/bundles"], "cannot be written to {file}/bundles: Not a directory; choose another"),
     ],
 )
-def test_what_the_command_line_refuses(
-    run: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+def test_export_refuses_wrong_options(
+    run: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ):
     file = tmp_path / "file"
     file.touch()
     assert main(["export", run.output, *(word.format(file=file) for word in arguments)]) != 0
     error = capsys.readouterr().err.strip()
-    assert told.format(file=file) in error
+    assert reason.format(file=file) in error
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
 
@@ -166,7 +166,7 @@ def test_a_kill_while_a_bundle_is_replaced_loses_none(trained: TrainedGenerator,
     assert ended == [-signal.SIGKILL] * 5 + [0]
 
 
-def test_native_bundles_say_what_peft_cannot(run: Recipe, trained: TrainedGenerator, tmp_path: Path):
+def test_native_bundles_name_what_peft_cannot_express(run: Recipe, trained: TrainedGenerator, tmp_path: Path):
     (native,) = export_bundles(trained, tmp_path / "lora", ["plural"], format="native").values()
     weights = trained.weights_of(TASKS.index("plural"))
     stored = load_file(native / "weights.safetensors")
@@ -199,7 +199,7 @@ def test_native_bundles_say_what_peft_cannot(run: Recipe, trained: TrainedGenera
         ("t5", [{"kind": "lora"}, {"kind": "norm_delta"}], "norm_delta adapters: PEFT has no such type"),
     ],
 )
-def test_what_peft_can_say(
+def test_adapters_that_peft_can_express(
     family: str, adapters: list[dict[str, Any]], reason: str | None, request: pytest.FixtureRequest
 ):
     adapted = tiny.adapted_model(request.getfixturevalue(f"tiny_{family}_folder"), {"adapters": adapters})
@@ -216,7 +216,7 @@ def test_what_peft_can_say(
 
 def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):
     (whole,) = export_bundles(trained, tmp_path, ["past"]).values()
-    for number, (name, content, told) in enumerate(
+    for number, (name, content, reason) in enumerate(
         [
             ("adapter_model.safetensors", b"\0", "adapter_model.safetensors is damaged"),
             ("adapter_config.json", None, "lacks the file adapter_config.json; export it again"),
@@ -233,4 +233,4 @@ def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):
             (bundle / name).write_bytes(content)
         with pytest.raises(BundleError) as refused:
             read_manifest(bundle)
-        assert told in str(refused.value)
+        assert reason in str(refused.value)

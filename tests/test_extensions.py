@@ -75,7 +75,7 @@ def test_a_registered_generator(tiny_llama_folder):
     assert {len(tensor) for named in adapted.generator(torch.arange(3)).values() for tensor in named.values()} == {1}
 
 
-def test_what_cannot_be_registered(tiny_llama_folder):
+def test_invalid_registrations_are_refused(tiny_llama_folder):
     with pytest.raises(PluginError, match="adapter kind 'a_scale': has_peft_form must be true exactly where peft is"):
         register_adapter_kind(ScaleSettings, Scale)
     with pytest.raises(PluginError, match=r"is no settings class: derive it from AdapterSection"):
@@ -98,7 +98,7 @@ def test_what_cannot_be_registered(tiny_llama_folder):
         build_kinds([Inside()])
 
 
-def test_an_implementation_that_cannot_be_imported():
+def test_a_failing_import_of_an_implementation_is_reported():
     class Lost(AdapterSection):
         kind: Literal["lost"] = "lost"
 

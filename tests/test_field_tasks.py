@@ -120,7 +120,7 @@ def test_every_task_runs_on_both_families(
             assert all(len(encoded.target_ids) <= max(limit, 30) for encoded in loaded.train.encoded)
 
 
-def test_a_mixed_run_is_trained_scored_exported_and_asked(
+def test_a_mixed_run_is_trained_scored_exported_and_predicts(
     rows_folder: Path, tmp_path: Path, tiny_t5_folder: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ):
     names = ["glue_mrpc", "glue_stsb", "atis"]

@@ -126,7 +126,7 @@ def test_predictions_are_the_evaluations_answers(run: Finished, tmp_path: Path):
     assert [row["prediction"] for row in read(output)] == [answer for _, answer in alone]
 
 
-def test_what_predict_refuses(run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_predict_refuses_wrong_rows_and_bundles(run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     good = {"task": "past", "word": "walk"}
     output = tmp_path / "answers.jsonl"
     output.write_text("the answers of yesterday\n")
@@ -134,7 +134,7 @@ def test_what_predict_refuses(run: Finished, tmp_path: Path, capsys: pytest.Capt
     another = tiny.tiny_llama(tmp_path / "another", hidden_size=16)
     one, several = run.bundles("past"), run.bundles()
     long = {"word": "walk " * 500}
-    for bundles, rows, options, told in [
+    for bundles, rows, options, message in [
         (one, [good, {"text": "walk"}], [], f"{file}:2: "),
         (several, [good, good, {"word": "walk"}], [], f"{file}:3: several bundles are loaded, so each row's 'task'"),
         (several, [{"task": "pasd", "word": "walk"}], [], f"{file}:1: several bundles are loaded"),
@@ -149,7 +149,7 @@ def test_what_predict_refuses(run: Finished, tmp_path: Path, capsys: pytest.Capt
         assert main(["predict", *bundles, "--input", str(file), "--output", str(output), *options]) != 0
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(error) == 1
-        assert told in error[0]
+        assert message in error[0]
     assert output.read_text() == "the answers of yesterday\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "answers.jsonl", "rows.jsonl"]
 

@@ -70,13 +70,13 @@ def test_one_process_is_one_worker(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_under_torchrun_is_said_once(project: Path) -> None:
+def test_a_user_error_under_torchrun_is_printed_once(project: Path) -> None:
     """Rank 0 finds the folder busy while rank 1 waits for it: the user reads a line, not torchrun's report."""
     with claim(str(project / "run"), resume=False):
         ended = run("train", "recipe.yaml", "--launcher", "torchrun", environment=client_environment(), folder=project)
     assert ended.returncode == 1
-    (told,) = errors(ended.stderr)
-    assert told.startswith("The run folder is busy: process ")
+    (message,) = errors(ended.stderr)
+    assert message.startswith("The run folder is busy: process ")
     for noise in ("Traceback", "ChildFailedError", "exitcode", "torch.distributed"):
         assert noise not in ended.stderr, ended.stderr
 
@@ -93,8 +93,8 @@ def test_a_worker_killed_under_torchrun_is_named_and_the_run_resumes(project: Pa
     wait_for(lambda: (folder / "checkpoints/step-000002/COMMITTED").exists() or parent.poll() is not None, every=0.02)
     os.kill(second_worker(parent.pid), signal.SIGKILL)
     assert parent.wait(timeout=120) == 1
-    (told,) = errors(log.read_text())
-    assert told == "worker 1 was killed by SIGKILL. Continue from the last checkpoint with --resume"
+    (message,) = errors(log.read_text())
+    assert message == "worker 1 was killed by SIGKILL. Continue from the last checkpoint with --resume"
     assert "Traceback" not in log.read_text()
 
     ended = run(*arguments, "--resume", environment=client_environment(), folder=project)

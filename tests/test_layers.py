@@ -88,7 +88,7 @@ def test_package_markers_are_empty() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", hyperscale.__version__)
 
 
-def test_no_file_tells_users_to_install_another_project() -> None:
+def test_no_file_names_another_project_to_install() -> None:
     """On PyPI `hyperscale` is not ours; ours is `hypernet-scale`."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True

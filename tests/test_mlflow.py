@@ -135,7 +135,7 @@ def test_track_sends_nothing_to_the_mlflow_that_has_the_run(failed: FailedRun) -
     assert failed.read().info.status == "FAILED"
 
 
-def test_track_says_what_is_wrong(failed: FailedRun, tmp_path: Path) -> None:
+def test_track_reports_what_is_wrong(failed: FailedRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="four slashes"):
         track(str(failed.folder), "mlflow", "sqlite:///mlflow.db")
     with pytest.raises(ConfigError, match=r"no tracker 'mlfow'.*Did you mean 'mlflow'"):
@@ -169,7 +169,7 @@ def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path: Path) -> None:
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
-def test_what_a_killed_process_had_not_sent_arrives_with_the_next_one(tmp_path: Path) -> None:
+def test_the_next_process_sends_what_a_killed_one_did_not(tmp_path: Path) -> None:
     folder, settings = tmp_path / "run", {"mlflow": {"artifacts": False}}
     opened = Recorded(folder, settings)
     opened.start()
@@ -226,7 +226,7 @@ def test_a_deleted_experiment_is_one_clear_error(tmp_path: Path) -> None:
     run.end(RunOutcome("failed", 0, 0.0))
 
 
-def test_a_place_that_cannot_be_used_is_one_clear_error_without_its_password(tmp_path: Path) -> None:
+def test_an_unusable_server_or_database_is_one_clear_error_without_its_password(tmp_path: Path) -> None:
     (tmp_path / "damaged.db").write_text("this is no database, " * 100)
     nobody = f"http://someone:hunt/er@2@127.0.0.1:{free_port()}"
     for uri in (nobody, f"sqlite:///{tmp_path}/damaged.db", "postgresql+nodriver://a:hunt/er@2@db/mlflow"):

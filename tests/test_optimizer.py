@@ -51,7 +51,7 @@ def test_the_weights_of_heads_have_a_rate_of_their_own(tiny_llama_folder: Path, 
     ("kind", "generator_settings"),
     [("hypernetwork", {}), ("hypernetwork", {"biases": "site", "heads": "position"}), ("per_layer", {})],
 )
-def test_all_that_makes_codes_has_a_rate_of_its_own(
+def test_parameters_that_make_codes_have_their_own_rate(
     tiny_llama_folder: Path, kind: str, generator_settings: dict[str, str]
 ):
     steps = moved(tiny_llama_folder, kind, 1.0, RATIO, **generator_settings)

@@ -89,7 +89,7 @@ def test_the_blocks_are_stored_so_and_nothing_else(folder: Path):
     assert all(one.is_meta for one in empty.parameters())
 
 
-def test_the_model_says_almost_the_same(folder: Path):
+def test_the_quantized_model_gives_almost_the_same_logits(folder: Path):
     found = open_backbone(settings(folder))
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if found.architecture.is_encoder_decoder else {})

@@ -69,8 +69,8 @@ def test_a_submitted_job_trains_and_leaves_everything_in_the_run_folder(cluster:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "submitted as raysubmit_" in ended.stdout
     assert "SUCCEEDED" in ended.stdout.splitlines()[-1]
-    for told in ("starting 2 workers", "small: 1 task, 6 steps on 2 workers", "step 6/6 (100%)", "finished at step 6"):
-        assert told in ended.stdout
+    for line in ("starting 2 workers", "small: 1 task, 6 steps on 2 workers", "step 6/6 (100%)", "finished at step 6"):
+        assert line in ended.stdout
     for noise in ("Warning", "WARNING", "auth", "[Ray Train]", "(RayTrainWorker", "Traceback"):
         assert noise not in ended.stdout, ended.stdout
 
@@ -107,18 +107,18 @@ def test_a_plain_job_trains_too(cluster: Cluster, project: Path) -> None:
 def test_a_plain_job_must_not_write_into_its_temporary_folder(cluster: Cluster, project: Path) -> None:
     ended = plain_job(cluster, project, "output=runs/lost")
     assert ended.returncode == 1, ended.stdout + ended.stderr
-    (told,) = set(errors(ended.stdout))  # Ray adds the last lines of the log to what it says of the end
-    assert "working_dir_files" in told
-    assert "which Ray deletes after the job. Give an absolute path" in told
+    (message,) = set(errors(ended.stdout))  # Ray adds the last lines of the log to what it says of the end
+    assert "working_dir_files" in message
+    assert "which Ray deletes after the job. Give an absolute path" in message
 
 
 def test_submitting_is_refused_before_anything_is_sent(cluster: Cluster, project: Path) -> None:
     environment = cluster.environment
     relative = run("submit", "recipe.yaml", "--address", cluster.dashboard, environment=environment, folder=project)
     assert relative.returncode == 2
-    (told,) = errors(relative.stderr)
-    assert f"{project}/recipe.yaml: output=run is a relative path" in told
-    assert "output=/shared/runs/NAME" in told
+    (message,) = errors(relative.stderr)
+    assert f"{project}/recipe.yaml: output=run is a relative path" in message
+    assert "output=/shared/runs/NAME" in message
     (port,) = free_ports(1)
     nobody = run(
         *("submit", "recipe.yaml", "output=/shared/run", "--address", f"http://127.0.0.1:{port}"),
@@ -126,43 +126,47 @@ def test_submitting_is_refused_before_anything_is_sent(cluster: Cluster, project
         folder=project,
     )
     assert nobody.returncode == 1
-    (told,) = errors(nobody.stderr)
-    assert told.startswith(f"no job could be submitted to http://127.0.0.1:{port}: ")
-    assert "--address" in told
+    (message,) = errors(nobody.stderr)
+    assert message.startswith(f"no job could be submitted to http://127.0.0.1:{port}: ")
+    assert "--address" in message
 
 
-def test_what_the_cluster_cannot_give_is_said_in_one_line(cluster: Cluster, project: Path) -> None:
+def test_missing_cluster_resources_are_one_line(cluster: Cluster, project: Path) -> None:
     environment = {**cluster.environment, "RAY_ADDRESS": cluster.address}
 
     def refused(*overrides: str) -> str:
         ended = run("train", "recipe.yaml", *overrides, environment=environment, folder=project)
         assert ended.returncode == 1, ended.stdout + ended.stderr
         assert "Traceback" not in ended.stderr
-        (told,) = errors(ended.stderr)
-        return told
+        (message,) = errors(ended.stderr)
+        return message
 
-    told = refused("cluster.workers=3", "training.batch_size=6")
-    assert told.startswith("cluster.workers 3 with 1 CPU each do not fit: the cluster has 2 CPU on 1 node, room for 2.")
+    message = refused("cluster.workers=3", "training.batch_size=6")
+    assert message.startswith(
+        "cluster.workers 3 with 1 CPU each do not fit: the cluster has 2 CPU on 1 node, room for 2."
+    )
 
     (port,) = free_ports(1)
-    told = refused(f"cluster.address=127.0.0.1:{port}")
-    assert told.startswith(f"no Ray cluster at 127.0.0.1:{port}: Connection refused. Start one with 'ray start --head'")
+    message = refused(f"cluster.address=127.0.0.1:{port}")
+    assert message.startswith(
+        f"no Ray cluster at 127.0.0.1:{port}: Connection refused. Start one with 'ray start --head'"
+    )
 
     with all_cpus_held(cluster):
-        told = refused("cluster.wait_minutes=0.02")
-    assert told.startswith("the cluster is busy (2 CPU asked, 0 free) and stayed so for cluster.wait_minutes=0.02")
+        message = refused("cluster.wait_minutes=0.02")
+    assert message.startswith("the cluster is busy (2 CPU asked, 0 free) and stayed so for cluster.wait_minutes=0.02")
     assert not (project / "run/checkpoints").exists()
 
 
-def test_a_mistake_that_only_workers_can_see_ends_the_run_at_once(cluster: Cluster, project: Path) -> None:
+def test_a_user_error_that_only_workers_can_see_ends_the_run_at_once(cluster: Cluster, project: Path) -> None:
     """The rows' place is named by a variable that the driver has and the cluster's nodes do not."""
     task = project / "feeling.yaml"
     task.write_text(task.read_text().replace("feeling.jsonl", "${HYPERSCALE_TEST_ROWS}/feeling.jsonl"))
     variables = {"RAY_ADDRESS": cluster.address, "HYPERSCALE_TEST_ROWS": str(project)}
     ended = run("train", "recipe.yaml", environment={**cluster.environment, **variables}, folder=project)
     assert ended.returncode == 1
-    (told,) = errors(ended.stderr)
-    assert told.startswith("task 'feeling': the environment variable HYPERSCALE_TEST_ROWS, used in its source")
+    (message,) = errors(ended.stderr)
+    assert message.startswith("task 'feeling': the environment variable HYPERSCALE_TEST_ROWS, used in its source")
     assert ended.stderr.count("opening the backbone") == 2, "once in the driver and once in the workers: no second try"
     assert "starting all workers again" not in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -24,8 +24,8 @@ def test_a_run_over_two_nodes_needs_a_shared_folder_and_a_tracking_server(
         def refused(output: Path) -> str:
             ended = run("train", "recipe.yaml", f"output={output}", environment=environment, folder=project)
             assert ended.returncode == 1, ended.stdout + ended.stderr
-            (told,) = errors(ended.stderr)
-            return told
+            (message,) = errors(ended.stderr)
+            return message
 
         assert f"output={hidden}/run is private to this node: " in refused(hidden / "run")
         assert refused(shared / "run").startswith("tracking.mlflow.uri: an SQLite file cannot be written from several")

@@ -70,7 +70,7 @@ def steps(asked: Recipe) -> dict[str, Any]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_what_is_held_is_what_was_asked(
+def test_held_memory_matches_the_resident_setting(
     two_ranks: Ranks, request: pytest.FixtureRequest, tasks: list[str], tmp_path: Path, family: str, checkpointing: bool
 ) -> None:
     backbone = request.getfixturevalue(f"tiny_{family}_folder")

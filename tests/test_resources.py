@@ -32,7 +32,7 @@ def test_a_worker_has_one_gpu_or_none(gpus: float, reason: str) -> None:
         settings(gpus_per_worker=gpus)
 
 
-def test_asked_are_the_totals_and_gpus_only_if_wanted() -> None:
+def test_requested_resources_are_totals_with_gpus_only_if_used() -> None:
     assert asked_resources(settings(workers=3, cpus_per_worker=1.5)) == {"CPU": 4.5}
     assert asked_resources(settings(workers=2, gpus_per_worker=1, cpus_per_worker=4)) == {"CPU": 8, "GPU": 2}
 
@@ -100,7 +100,9 @@ def test_what_fits(workers: int, each: dict[str, float], nodes: list[dict[str, f
         ),
     ],
 )
-def test_what_does_not_fit(workers: int, each: dict[str, float], nodes: list[dict[str, float]], message: str) -> None:
+def test_shortfalls_of_resources(
+    workers: int, each: dict[str, float], nodes: list[dict[str, float]], message: str
+) -> None:
     assert shortfall(settings(workers=workers, **each), nodes) == message
 
 
@@ -119,9 +121,9 @@ def test_several_nodes_need_a_shared_folder_and_a_tracking_server() -> None:
 
 def test_a_job_must_not_write_into_its_temporary_folder() -> None:
     inside = "/scratch/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef/runs/demo"
-    told = ephemeral_output_problem(inside)
-    assert told is not None
-    assert inside in told
-    assert "output=/shared/runs/NAME" in told
+    message = ephemeral_output_problem(inside)
+    assert message is not None
+    assert inside in message
+    assert "output=/shared/runs/NAME" in message
     for lasting in ("/shared/runs/demo", "s3://bucket/runs/demo", str(Path.home() / "runs")):
         assert ephemeral_output_problem(lasting) is None

@@ -163,9 +163,7 @@ def test_a_checkpoint_of_another_site_map_is_refused(runs: Runs, tmp_path: Path)
     assert "Use the recipe.yaml beside the checkpoint" in str(refused.value)
 
 
-def test_a_run_that_was_stopped_while_it_was_scored_takes_no_step_again(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_run_stopped_during_scoring_repeats_no_step(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = continued(runs, tmp_path / "scored")
     call = Evaluator.__call__
 

@@ -41,7 +41,7 @@ def test_the_secrets_of_a_uri_are_masked(secret: str, shown: str) -> None:
         "postgresql://${LOGIN}@db/mlflow",
     ],
 )
-def test_what_only_looks_like_a_secret_stays(text: str) -> None:
+def test_text_that_only_looks_like_a_secret_is_unchanged(text: str) -> None:
     assert without_credentials(text) == text
     assert not is_masked(text)
 

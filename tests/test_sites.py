@@ -161,7 +161,7 @@ def test_a_map_survives_json():
         ("wi", "gated-gelu", "this backbone has no such layer"),
     ],
 )
-def test_targets_that_are_not_there(target: str, feed_forward: str, reason: str):
+def test_unknown_targets_are_refused(target: str, feed_forward: str, reason: str):
     expected = rf"^adaptation\.adapters: lora target '{target}' cannot be used on a t5 backbone \({reason}\)"
     with pytest.raises(ConfigError, match=expected) as caught:
         find_sites(t5(feed_forward), T5, kinds("q", target))

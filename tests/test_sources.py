@@ -1,4 +1,4 @@
-"""Rows become examples; every mistake in them names its file and line; no text is in two splits."""
+"""Rows become examples; every error in them names its file and line; no text is in two splits."""
 
 import json
 from pathlib import Path

@@ -109,7 +109,7 @@ def test_more_described_tasks_leave_the_known_ones_to_the_bit(site_map: SiteMap)
     assert keep_known_tasks(more, NUM_TASKS) == {}
 
 
-def test_what_text_refuses(site_map: SiteMap):
+def test_the_text_encoder_refuses_missing_or_wrong_features(site_map: SiteMap):
     with pytest.raises(ConfigError, match=r"^adaptation.task_encoder.kind 'text' needs features of the tasks'"):
         build(settings("hypernetwork"), site_map, None)
     with pytest.raises(ConfigError, match=r"features of shape \[4, 24\] for 3 tasks$"):

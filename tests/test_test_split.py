@@ -73,8 +73,8 @@ def test_a_task_without_test_rows(place: Path, capsys: pytest.CaptureFixture[str
     tasks = f"data.tasks=[{place / 'untested.yaml'}]"
     refused = run(capsys, "train", place / "recipe.yaml", "--launcher", "local", tasks)
     assert refused.code != 0
-    (told,) = refused.errors
-    assert told.startswith(
+    (message,) = refused.errors
+    assert message.startswith(
         f"task 'untested' has no test rows (file:{place / 'mood/train.jsonl'}); score the validation"
     )
     assert not (place / "run").exists()

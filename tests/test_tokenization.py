@@ -181,7 +181,7 @@ def test_limits_drop_refuse_or_shorten_but_never_cut_an_answer(
         tokenizer.encode_split([long_target], settings(**limits))
 
 
-def test_answers_that_cannot_be_generated_whole_are_told(
+def test_answers_that_are_too_long_to_generate_are_reported(
     gpt: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ):
     tokenizer = TaskTokenizer(gpt, task(max_new_tokens=3), is_encoder_decoder=False)

@@ -61,7 +61,7 @@ def test_parameters_are_flat() -> None:
     assert flat == {"a.b": "[1, 2]", "a.c": "null", "a.d": "{}", "list.0.x": "true", "list.1.x": "y"}
 
 
-def test_provenance_tells_the_commit_and_the_versions(tmp_path: Path) -> None:
+def test_provenance_holds_the_commit_and_the_versions(tmp_path: Path) -> None:
     assert package_versions()["torch"]
     assert git_commit(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -133,7 +133,7 @@ def test_jsonl_on_an_object_store_arrives_with_every_checkpoint() -> None:
     first.on_run_end(RunOutcome("failed", 2, 1.0))
 
 
-def test_jsonl_faults_are_told_at_the_start_and_never_raised_later(tmp_path: Path) -> None:
+def test_jsonl_faults_are_raised_only_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
         JsonlTracker(str(tmp_path / "file"), "key").on_run_start(make_facts(tmp_path))
@@ -227,7 +227,7 @@ def test_a_pusher_keeps_order_repeats_what_is_temporary_and_skips_what_is_refuse
     assert f"hyperscale track {tmp_path} --to memory" in caplog.text
 
 
-def test_a_pusher_does_not_wait_for_a_place_that_is_away(tmp_path: Path) -> None:
+def test_a_pusher_does_not_wait_for_an_unreachable_server(tmp_path: Path) -> None:
     place = Place()
     place.is_away = True
     assert push_steps(tmp_path, place, 5, patience=0.3) < 30  # the limit of a place that answers is 300 s

@@ -271,7 +271,7 @@ def refusal(path: Path) -> str:
 def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_path: Path):
     name = "model.layers.1.mlp.up_proj.weight"
     weights = load_file(tiny_llama_folder / "model.safetensors")
-    for folder, change, told in (
+    for folder, change, pattern in (
         ("missing", {}, "no file of .* holds the tensor"),
         ("misshapen", {name: weights[name][:, :-1].contiguous()}, r"has shape \[64, 31\], .* makes it \[64, 32\]"),
     ):
@@ -280,7 +280,7 @@ def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_
         save_file(others | change, path / "model.safetensors", metadata={"format": "pt"})
         for message in two_ranks.run(refusal, path):
             assert name in message
-            assert re.search(told, message), message
+            assert re.search(pattern, message), message
 
 
 @pytest.mark.parametrize(
