@@ -89,6 +89,23 @@ def test_a_step_saved_anew_replaces_the_old_one_only_when_it_is_whole(folder: st
     assert paths[0].endswith("/step-000100")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_with_numbers_that_are_not_finite_removes_nothing(folder: str, value: float) -> None:
+    store = CheckpointStore(folder, keep=1)
+    good = store.save(make_checkpoint(50))
+    fs, root = fsspec.url_to_fs(folder)
+    before = sorted(fs.find(root))
+    ruined = make_checkpoint(100)
+    ruined.tensors["optimizer"]["exp_avg"][3, 2] = value
+    with pytest.raises(CheckpointError, match="'exp_avg' of the optimizer holds NaN or infinity") as refusal:
+        store.save(ruined)
+    assert f"The last whole one is {good}. Continue from there" in str(refusal.value)
+    assert not refusal.value.is_transient
+    assert store.list() == (good,)
+    assert sorted(fs.find(root)) == before
+    assert_same(store.load(good), make_checkpoint(50))
+
+
 def test_leftovers_of_a_killed_save_do_not_count_and_are_swept(folder: str) -> None:
     store = CheckpointStore(folder, keep=3)
     whole = store.save(make_checkpoint(10))

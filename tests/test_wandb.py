@@ -108,7 +108,7 @@ def test_track_sends_a_run_to_wandb_once(tmp_path: Path) -> None:
     run.step(1, 2)
     run.end(RunOutcome("finished", 2, 1.0))
     first, second = track(str(folder), "wandb"), track(str(folder), "wandb")
-    assert first[0].startswith("wandb: sent 17 values: ")
+    assert first[0].startswith("wandb: sent 19 values: ")
     assert second[0].startswith("wandb: sent 0 values: ")
     assert history(read_records(tmp_path)[0], "train/loss") == [(1, 1.0), (2, 0.5)]
 

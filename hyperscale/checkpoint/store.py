@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -74,7 +75,11 @@ class CheckpointStore:
 
         A failed write is repeated twice, after 1 and 5 seconds: object stores and network file systems fail now and
         then. `CheckpointError`, marked as transient, if the third attempt fails too.
+
+        A checkpoint that holds NaN or infinity is refused before anything is written: it would push out the last one
+        that a run can continue from.
         """
+        self._require_finite(checkpoint)
         for seconds in _PAUSES:
             try:
                 return self._save(checkpoint)
@@ -89,6 +94,16 @@ class CheckpointStore:
                 f"{error}. Free some space or fix the location, then use --resume. {self._last_whole()}",
                 is_transient=True,
             ) from error
+
+    def _require_finite(self, checkpoint: Checkpoint) -> None:
+        for part, tensors in checkpoint.tensors.items():
+            for name, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(
+                        f"The checkpoint of step {checkpoint.step} is not written: '{name}' of the {part} holds NaN or "
+                        f"infinity, so that training has diverged. {self._last_whole()} Continue from there with a "
+                        "lower learning rate: --resume training.optimizer.learning_rate=…"
+                    )
 
     def _save(self, checkpoint: Checkpoint) -> str:
         self.sweep()

@@ -54,3 +54,6 @@ class TrainingSettings(Section):
     """Score the test splits once, after the last step; nothing is chosen by them."""
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    max_skipped_steps: int = Field(default=5, ge=0)
+    """Steps in a row that may be skipped because their loss or gradient norm is NaN or infinite; one more ends the run.
+    0 = the first one ends it."""

@@ -1,5 +1,6 @@
 """What the trainer and evaluation ask of an engine."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class StepResult:
     tokens: int
     """Real tokens, no padding."""
     samples: int
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are numbers; if not, the step left the generator and its optimizer alone."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Engine(Protocol):

@@ -55,22 +55,31 @@ class GeneratorOptimizer:
             weight_decay=settings.weight_decay,
         )
 
-    def step(self, step: int) -> tuple[float, Tensor]:
-        """Clip, update, and clear the gradients.
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of optimizer step `step` (from 0), without the ratios of a hypernetwork's parts."""
+        return learning_rate_at(step, self._total_steps, self._settings)
+
+    def clip(self) -> Tensor:
+        """Scale the gradients down to `clip_norm`.
 
         Returns:
-            The learning rate without the ratios that parts of a hypernetwork have, and the gradient norm before
-            clipping where the gradients are: reading it waits for a GPU.
+            Their norm before clipping, a scalar on their device: reading it waits for a GPU.
         """
-        rate = learning_rate_at(step, self._total_steps, self._settings)
+        limit = self._settings.clip_norm
+        return torch.nn.utils.clip_grad_norm_(self._named.values(), math.inf if limit is None else limit)
+
+    def step(self, step: int) -> None:
+        """Update the generator and clear the gradients; `step` counts from 0."""
+        rate = self.learning_rate(step)
         for group in self._adamw.param_groups:
             group["lr"] = rate * group["ratio"]
-        limit = self._settings.clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._named.values(), math.inf if limit is None else limit)
         with self._rows_restored():
             self._adamw.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradients without an update: parameters, moments and update counts stay as they are."""
         self._adamw.zero_grad(set_to_none=True)
-        return rate, norm
 
     @contextmanager
     def _rows_restored(self) -> Iterator[None]:

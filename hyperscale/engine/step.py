@@ -40,7 +40,11 @@ class TrainingStep:
     seed: int
 
     def run(self, batches: Sequence[Batch], step: int) -> StepResult:
-        """Run this rank's micro-batches and update the generator; every rank must call this."""
+        """Run this rank's micro-batches and update the generator; every rank must call this.
+
+        A step whose loss or gradient norm is NaN or infinite changes nothing. Both are sums over all ranks, so that
+        every rank decides alike.
+        """
         tasks = torch.unique(torch.cat([batch.task_index for batch in batches]))
         generation = self.model.generation(tasks.to(self.device))
         totals = _Totals.zeros(self.num_tasks, self.device)
@@ -50,8 +54,13 @@ class TrainingStep:
             self._run_batch(batch, self.model.training(generation, slots, len(tasks)), totals)
         generation.backward()
         self._reduce(totals)
-        learning_rate, grad_norm = self.optimizer.step(step)
-        return totals.result(self.settings.loss, learning_rate, grad_norm)
+        grad_norm = self.optimizer.clip()
+        result = totals.result(self.settings.loss, self.optimizer.learning_rate(step), grad_norm)
+        if result.is_finite:
+            self.optimizer.step(step)
+        else:
+            self.optimizer.clear()
+        return result
 
     def _run_batch(self, batch: Batch, adapted: AbstractContextManager[None], totals: "_Totals") -> None:
         """Leave one micro-batch's gradients where it takes its weights from, and add its losses to `totals`."""

@@ -1,6 +1,7 @@
 """The names under which a run's numbers are recorded.
 
 train/loss  train/<task>/loss  train/learning_rate  train/grad_norm
+train/skipped_steps                   updates left out so far (loss or gradient norm not finite)
 throughput/tokens_per_second  throughput/step_seconds
 eval/<task>/<metric>  eval/mean       the run's own validation scores
 untouched/…  majority/…  test/…       the same for the baselines and the test split
@@ -49,6 +50,7 @@ def step_metrics(record: StepRecord) -> dict[str, float]:
         **{f"train/{key_part(task)}/loss": loss for task, loss in record.task_losses.items()},
         "train/learning_rate": record.learning_rate,
         "train/grad_norm": record.grad_norm,
+        "train/skipped_steps": record.skipped_steps,
         "throughput/tokens_per_second": record.tokens_per_second,
         "throughput/step_seconds": record.step_seconds,
     }

@@ -49,6 +49,9 @@ class StepRecord:
     step_seconds: float
     tokens_per_second: float
     seconds_left: float
+    skipped_steps: int = 0
+    """Steps so far whose update was left out because the loss or the gradient norm was not finite; this one included.
+    A resumed run counts from 0."""
 
 
 @dataclass(frozen=True)
