@@ -130,7 +130,7 @@ CASES = {
     "ragged CSV": (["data.tasks=[ragged.yaml]"], ["ragged.csv:3: 1 fields where the header has 2: text, label"]),
     "missing column": (
         ["data.tasks=[columns.yaml]"],
-        ["columns.jsonl:21: the input of task 'columns' needs column 'text'", "There are: txt, label"],
+        ["columns.jsonl:21: the input of task 'columns' needs column 'text'", "Columns: txt, label"],
     ),
     "no rows": (["data.tasks=[empty.yaml]"], ["task 'empty'", "empty.jsonl has no rows"]),
     "one text only": (["data.tasks=[same.yaml]"], ["task 'same': no validation rows are left", "add rows"]),

@@ -90,7 +90,7 @@ def test_word_rows() -> None:
         for split, rows in splits.items():
             for row in rows:
                 places.setdefault(row["word"], set()).add(split)
-    # A verb and a noun of one spelling lie in the same split, in all three tasks.
+    # A verb and a noun with the same spelling are in the same split, in all three tasks.
     assert {len(found) for found in places.values()} == {1}
 
     past, ing, plural = (forms[subset] for subset in ("past_tense", "ing_form", "plural"))
@@ -103,7 +103,7 @@ def test_word_rows() -> None:
     assert all(form != word for word, form in plural.items())
     irregular = [word for word, form in past.items() if not form.endswith("ed")]
     assert 0.05 < len(irregular) / len(past) < 0.15
-    # The prompts of one word are the same: without the task nothing says which form is meant.
+    # The prompts of a word are the same in all tasks: only the task tells which form is wanted.
     assert len(past.keys() & ing.keys()) > 1900
     assert len(past.keys() & plural.keys()) > 500
 

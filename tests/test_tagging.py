@@ -158,7 +158,7 @@ def test_words_and_tags_of_a_row():
             "a:1: column 'tokens', used by the input of task 't', word 2 is emp",
         ),
         ({"tokens": [], "tags": []}, "has no words"),
-        ({"tokens": ["a", "<extra_id_3>"], "tags": ["O", "O"]}, "word 2, '<extra_id_3>', holds a sentinel"),
+        ({"tokens": ["a", "<extra_id_3>"], "tags": ["O", "O"]}, "word 2, '<extra_id_3>', contains a sentinel"),
         ({"tokens": [["a"]], "tags": ["O"]}, "is neither a list of words nor text"),
         (
             {"tokens": ["a", "b"], "tags": ["O"]},

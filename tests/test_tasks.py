@@ -114,7 +114,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
         "nme",
     ]
     assert found[0].endswith("'fil' is not allowed: must be one of file, asset, hub. Did you mean 'file'?")
-    assert "'}' at character 7 stands alone" in found[1]
+    assert "'}' at character 7 has no partner" in found[1]
     assert "put such words in quotes" in found[2]
     assert found[3].endswith("Did you mean 'accuracy'?")
     assert "Did you mean 'name'?" in found[5]

@@ -1,4 +1,4 @@
-"""All tasks of a run, read, encoded and described."""
+"""The tasks of a run: their rows, read and encoded, and a description of where the rows come from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class LoadedTask:
     train: EncodedSplit
     validation: EncodedSplit
     test: EncodedSplit | None
-    """None unless asked for; without rows where the task has none."""
+    """None if the test splits were not loaded; empty if the task has no test rows."""
 
     def scored(self, split: Split) -> EncodedSplit:
-        """Return a split to be scored; `test` must have been asked for when the corpus was loaded."""
+        """Return the split to score; `test` needs a corpus that was loaded `with_test`."""
         encoded = self.test if split == "test" else self.validation
         assert encoded is not None, f"the test split of {self.task.name} was not loaded"
         return encoded
@@ -46,7 +46,7 @@ class Corpus:
         return tuple(loaded.task.name for loaded in self.tasks)
 
     def describe(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return per task where its rows are from, their digest, and how many are used."""
+        """Return, for each task, the source and digest of its rows and how many of them are used."""
         return {
             loaded.task.name: {
                 "source": loaded.data.source,
@@ -65,29 +65,29 @@ def load_corpus(
     with_test: bool = False,
     may_lack_test: bool = False,
 ) -> Corpus:
-    """Read and encode all tasks of a recipe, their test splits only `with_test`.
+    """Read and encode all tasks of a recipe; test splits only `with_test`.
 
-    With `may_lack_test` one task with a test split is enough, else every one must have it.
+    With `may_lack_test`, one task with a test split is enough. Without it, every task must have one.
 
     Raises:
-        DataError: an unknown task, two tasks of one name, two that must not be in one run, a test split that is asked
-            for and missing, or rows that are wrong; located by file and line.
+        DataError: a task is unknown, two tasks have the same name or exclude each other, a requested test split is
+            missing, or a row is wrong (with file and line).
     """
     tasks = [load_task(name, settings.task_folders).written_for(is_encoder_decoder) for name in settings.tasks]
     _check_unique_names(tasks)
     _check_allowed_pairs(tasks)
-    read = _without_shared_texts(
+    loaded = _without_shared_texts(
         [load_task_data(task, settings.train_limit, settings.validation_limit, settings.test_limit) for task in tasks]
     )
     if with_test:
-        _check_test_splits(read, may_lack_test)
+        _check_test_splits(loaded, may_lack_test)
     layout = Layout(pad_token_id(tokenizer), is_encoder_decoder)
-    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder, with_test) for data in read), layout)
+    return Corpus(tuple(_encode(data, settings, tokenizer, is_encoder_decoder, with_test) for data in loaded), layout)
 
 
-def _check_test_splits(read: Sequence[TaskData], may_lack_test: bool) -> None:
-    untested = [data for data in read if "test" not in data.splits]
-    if untested and not (may_lack_test and len(untested) < len(read)):
+def _check_test_splits(loaded: Sequence[TaskData], may_lack_test: bool) -> None:
+    untested = [data for data in loaded if "test" not in data.splits]
+    if untested and not (may_lack_test and len(untested) < len(loaded)):
         raise DataError(
             "\n".join(
                 f"task '{data.task.name}' has no test rows ({data.source}); "
@@ -97,16 +97,16 @@ def _check_test_splits(read: Sequence[TaskData], may_lack_test: bool) -> None:
         )
 
 
-def _without_shared_texts(read: Sequence[TaskData]) -> list[TaskData]:
-    """Leave out training rows of tasks with `shares_texts_with` whose texts the named tasks of the run score."""
+def _without_shared_texts(loaded: Sequence[TaskData]) -> list[TaskData]:
+    """Leave out training rows whose texts are scored by a task that `shares_texts_with` names."""
     scored = {
         data.task.name: {example.content for split in ("validation", "test") for example in data.splits.get(split, ())}
-        for data in read
+        for data in loaded
     }
     nothing: set[bytes] = set()
     return [
         without_training_texts(data, nothing.union(*(scored.get(name, ()) for name in data.task.shares_texts_with)))
-        for data in read
+        for data in loaded
     ]
 
 
@@ -129,7 +129,7 @@ def _encode(
 
 
 def check_same_rows(descriptions: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
-    """Check that all workers read the same: what they found depends on their variables, folders and caches.
+    """Check that all workers read the same rows: these depend on each node's variables, folders and caches.
 
     Args:
         descriptions: each rank's `Corpus.describe()`.
@@ -139,11 +139,11 @@ def check_same_rows(descriptions: Sequence[Mapping[str, Mapping[str, Any]]]) -> 
     """
     first = descriptions[0]
     for rank, other in enumerate(descriptions):
-        for task, found in first.items():
-            if other[task]["digest"] != found["digest"]:
+        for task, description in first.items():
+            if other[task]["digest"] != description["digest"]:
                 raise DataError(
-                    f"task '{task}': worker 0 read other rows, from {found['source']}, than worker {rank}, from "
-                    f"{other[task]['source']}; give all nodes the same files and environment variables"
+                    f"task '{task}': worker 0 (from {description['source']}) and worker {rank} (from "
+                    f"{other[task]['source']}) read different rows. Give all nodes the same files and variables"
                 )
 
 
@@ -168,8 +168,8 @@ def _check_allowed_pairs(tasks: Sequence[Task]) -> None:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that fills short rows; it is masked everywhere, so the end token serves where there is no other."""
+    """Return the id that fills short rows: the padding token, else the end token, since padding is always masked."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if not isinstance(pad, int):
-        raise DataError(f"the tokenizer of {tokenizer.name_or_path} has neither a padding nor an end token")
+        raise DataError(f"the tokenizer of {tokenizer.name_or_path} has neither a padding token nor an end token")
     return pad

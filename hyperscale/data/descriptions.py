@@ -1,4 +1,4 @@
-"""The tasks' written descriptions as tokens, for a task encoder that reads them."""
+"""Tokens of the tasks' written descriptions, for a task encoder that reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hyperscale.errors import DataError
 
 @dataclass(frozen=True)
 class DescriptionBatch:
-    """One row a task, padded on the right."""
+    """One row for each task, padded on the right."""
 
     input_ids: Tensor
     """int64 [K, T]."""
@@ -24,15 +24,15 @@ class DescriptionBatch:
 def encode_descriptions(
     tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, pad_token_id: int
 ) -> DescriptionBatch:
-    """Tokenise what each task's file says of it, whole.
+    """Tokenise each task's description without cutting it.
 
     Raises:
-        DataError: a task says nothing.
+        DataError: a task has no description.
     """
-    silent = [task.name for task in tasks if not task.description.strip()]
-    if silent:
+    undescribed = [task.name for task in tasks if not task.description.strip()]
+    if undescribed:
         raise DataError(
-            f"task '{silent[0]}' has no description, which adaptation.task_encoder.kind=text reads; "
+            f"task '{undescribed[0]}' has no description, which adaptation.task_encoder.kind=text reads; "
             "write one in its file"
         )
     texts = [task.description.strip() for task in tasks]

@@ -1,4 +1,4 @@
-"""A row becomes an example: templates filled in, the label's value replaced by its word."""
+"""Turns rows into examples: fills in the templates and replaces a label's value by its word."""
 
 import hashlib
 import re
@@ -19,19 +19,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt and its answer; `candidates` holds every possible answer of a classification, else nothing."""
+    """One prompt and its answer. `candidates` holds every possible answer of a classification; else it is empty."""
 
     source: str
     target: str
     candidates: tuple[str, ...]
     content: bytes = field(default=b"", compare=False)
-    """Digest of the texts in the prompt's columns, letters and digits alone and in any order: equal where two tasks
-    ask about the same texts, however each puts it."""
+    """Digest of the letters and digits in the prompt's columns, in any order of columns. It is equal for two tasks
+    that ask about the same texts, whatever their templates."""
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Turns rows of one task into prompts and examples. Make it with `renderer`."""
+    """Turns rows of one task into prompts and examples. `renderer` creates it."""
 
     task: Task
     input: Template
@@ -39,7 +39,7 @@ class Renderer:
     candidates: tuple[str, ...]
 
     def prompt(self, row: Row) -> str:
-        """Return the prompt of a row, which needs no answer.
+        """Return the prompt of a row. The row needs no answer.
 
         Raises:
             DataError: a column is missing or holds no text.
@@ -47,7 +47,7 @@ class Renderer:
         return self.input.render(self._prompt_texts(row))
 
     def read_answer(self, row: Row, answer: str) -> str:
-        """Return what a generated answer says of a row: of sequence labelling the BIO tags of its words."""
+        """Return a generated answer as its task reads it: for sequence labelling, the BIO tags of the row's words."""
         if self.task.tagging is None:
             return answer.strip()
         return " ".join(self._writing.tags(answer, self._words(row)))
@@ -56,8 +56,8 @@ class Renderer:
         """Return prompt and answer of a row.
 
         Raises:
-            DataError: a column is missing or holds no text, the label is unknown, the answer is empty or no number,
-                words and tags do not fit.
+            DataError: a column is missing or holds no text, the label is unknown, the answer is empty or not a number,
+                or words and tags do not match.
         """
         target = self._target(row)
         if not target.strip():
@@ -107,21 +107,21 @@ class Renderer:
 
     @property
     def _tagging(self) -> Tagging:
-        assert self.task.tagging is not None, "asked of sequence labelling alone"
+        assert self.task.tagging is not None, "only sequence labelling has tagging"
         return self.task.tagging
 
     @property
     def _writing(self) -> Writing:
         if self._tagging.format is None:
-            raise ValueError("tagging has no format yet: use task.written_for")
+            raise ValueError("tagging has no format; call task.written_for first")
         return WRITINGS[self._tagging.format]
 
 
 def renderer(task: Task) -> Renderer:
     """Prepare a task's templates.
 
-    A classification must have its `labels`, as `TaskData.task` has, and sequence labelling its format, as
-    `Task.written_for` gives it.
+    A classification needs its `labels`, which `TaskData.task` has. Sequence labelling needs its format, which
+    `Task.written_for` sets.
     """
     target = templates.parse(task.target)
     words = dict.fromkeys(task.labels.values()) if task.labels and task.label_column else {}
@@ -130,7 +130,7 @@ def renderer(task: Task) -> Renderer:
 
 
 def label_value(row: Row, column: str, task: str) -> str:
-    """Return a row's label as the text that `labels` is looked up with; 1.0 and 1 are the same label."""
+    """Return a row's label as the key of `labels`; 1.0 and 1 are the same label."""
     text = _read(row, column, f"the label of task '{task}'", templates.text_of)
     value = row.values[column]
     return str(int(value)) if isinstance(value, float) and value.is_integer() else text
@@ -149,7 +149,7 @@ def _rounded(text: str, step: Decimal, row: Row, column: str) -> str:
     try:
         return str((Decimal(text) / step).quantize(Decimal(1)) * step)
     except InvalidOperation as error:
-        raise DataError(f"{row.where}: column '{column}' holds '{text}', which is no number to round") from error
+        raise DataError(f"{row.where}: column '{column}' holds '{text}', which is not a number to round") from error
 
 
 def _content(texts: Iterable[str]) -> bytes:
@@ -158,5 +158,5 @@ def _content(texts: Iterable[str]) -> bytes:
 
 
 def _missing_column(values: Mapping[str, Any], column: str, start: str) -> str:
-    there = ", ".join(values) or "none"
-    return f"{start} needs column '{column}', which the row does not have.{nearest(column, values)} There are: {there}"
+    columns = ", ".join(values) or "none"
+    return f"{start} needs column '{column}', which the row does not have.{nearest(column, values)} Columns: {columns}"

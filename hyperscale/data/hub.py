@@ -1,4 +1,4 @@
-"""Rows of Hugging Face data sets, in our columns, numbers of named classes replaced by their names."""
+"""Rows of Hugging Face data sets: columns renamed to ours, and class numbers replaced by the class names."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,26 +12,26 @@ from hyperscale.errors import DataError, nearest
 
 
 def open_hub(source: HubSource, named: Collection[str]) -> Mapping[Split, Sequence[Row]]:
-    """Load the splits of a data set, its columns renamed as the source says.
+    """Load the splits of a data set and rename its columns as the source says.
 
-    In the columns `named` (ours) the numbers of a `ClassLabel`, or of a list of them, become their names.
+    In the columns `named` (our names), the numbers of a `ClassLabel`, or of a list of them, become class names.
 
     Raises:
         DataError: the data set cannot be found or reached, or a named split or column does not exist.
     """
     where = printable(source)
     try:
-        found = datasets.load_dataset(source.path, source.name, revision=source.revision)
+        dataset = datasets.load_dataset(source.path, source.name, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).strip().partition("\n")[0]
         transient = isinstance(error, ConnectionError) and may_recover(error)
         raise DataError(f"{where}: cannot be loaded: {reason}{_remedy(source)}", is_transient=transient) from error
-    wanted = source.splits or {split: split for split in SPLITS if split in found}
+    wanted = source.splits or {split: split for split in SPLITS if split in dataset}
     for split in wanted.values():
-        if split not in found:
-            raise DataError(f"{where}: no split '{split}'.{nearest(split, found)} There are: {', '.join(found)}")
+        if split not in dataset:
+            raise DataError(f"{where}: no split '{split}'.{nearest(split, dataset)} There are: {', '.join(dataset)}")
     columns = source.columns or {}
-    return {ours: _rows(found[theirs], columns, named, f"{where}[{theirs}]") for ours, theirs in wanted.items()}
+    return {ours: _rows(dataset[theirs], columns, named, f"{where}[{theirs}]") for ours, theirs in wanted.items()}
 
 
 def _remedy(source: HubSource) -> str:
@@ -39,7 +39,7 @@ def _remedy(source: HubSource) -> str:
         return ""
     name = unset_variable(source.folder)
     missing = f"the variable {name} is not set" if name else "there is no such folder"
-    return f". Its rows may also lie in {source.folder} ({missing})"
+    return f". The rows can also be read from {source.folder} ({missing})"
 
 
 def printable(source: HubSource) -> str:
@@ -55,15 +55,15 @@ def _rows(split: Any, columns: Mapping[str, str], named: Collection[str], where:
             raise DataError(f"{where}: no column '{theirs}'.{nearest(theirs, split.column_names)} There are: {there}")
     ours = {theirs: ours for ours, theirs in columns.items()}
     names = {
-        column: found
+        column: classes
         for column in named
-        if (found := _class_names(split.features.get(columns.get(column, column)))) is not None
+        if (classes := _class_names(split.features.get(columns.get(column, column)))) is not None
     }
     rows = []
     for number, values in enumerate(split, 1):
         renamed = {ours.get(column, column): value for column, value in values.items()}
-        for column, found in names.items():
-            renamed[column] = _named(renamed[column], found)
+        for column, classes in names.items():
+            renamed[column] = _named(renamed[column], classes)
         rows.append(Row(renamed, f"{where}:row {number}"))
     return rows
 

@@ -1,4 +1,4 @@
-"""What the `source` of a task file may say: files, a packaged data set, or the Hugging Face hub."""
+"""The kinds of `source` in a task file: files, a packaged data set, or the Hugging Face hub."""
 
 import os
 import re
@@ -34,7 +34,7 @@ class FileSource(Section):
 
 
 class AssetSource(Section):
-    """A data set that the package fetches by its pinned digest."""
+    """A data set that the package fetches and checks against a pinned digest."""
 
     kind: Literal["asset"] = "asset"
     asset: str
@@ -44,7 +44,7 @@ class AssetSource(Section):
 class HubSource(Section):
     """A data set of the Hugging Face hub, or a folder that `datasets.load_dataset` understands.
 
-    A label of -1 means there that a row has none, as in the hidden test sets of GLUE.
+    On the hub a label of -1 means that the row has no label, as in the hidden test sets of GLUE.
     """
 
     kind: Literal["hub"] = "hub"
@@ -53,12 +53,12 @@ class HubSource(Section):
     """The configuration, such as `sst2` of `nyu-mll/glue`."""
     revision: str | None = None
     splits: dict[Split, str] | None = None
-    """Our split -> its name there; by default those of the same names that exist."""
+    """Our split -> its name on the hub; by default every split with the same name."""
     columns: dict[str, str] | None = None
-    """Our column -> its name there, where the two differ."""
+    """Our column -> its name on the hub, if the names differ."""
     folder: str | None = None
-    """The same rows on this machine, in our columns, as train, validation and test files. It is read instead of the
-    hub where its variables are set and it exists; its path is given as in a file source."""
+    """A folder with the same rows in our columns, as train, validation and test files. It is read instead of the hub
+    if its variables are set and it exists; its path is written as in a file source."""
 
     @property
     def local_folder(self) -> Path | None:
@@ -69,7 +69,7 @@ class HubSource(Section):
 
 
 def _with_kind(source: Any) -> Any:
-    """Let short forms stand for `kind: file` and `kind: asset`."""
+    """Expand the short forms of `kind: file` and `kind: asset`."""
     if isinstance(source, str):
         return {"kind": "file", "path": source}
     if isinstance(source, dict) and "kind" not in source:
@@ -81,18 +81,18 @@ Source = Annotated[FileSource | AssetSource | HubSource, Field(discriminator="ki
 
 
 def located(source: FileSource | AssetSource | HubSource, folder: Path) -> FileSource | AssetSource | HubSource:
-    """Return the source with its paths absolute, `folder` being where its task file lies."""
+    """Return the source with absolute paths; `folder` is the folder of its task file."""
     match source:
         case FileSource():
-            given = source.model_dump(exclude={"kind"}, exclude_none=True)
-            return FileSource(**{key: _absolute(value, folder) for key, value in given.items()})
+            paths = source.model_dump(exclude={"kind"}, exclude_none=True)
+            return FileSource(**{key: _absolute(path, folder) for key, path in paths.items()})
         case HubSource(folder=str(path)):
             return source.model_copy(update={"folder": _absolute(path, folder)})
     return source
 
 
 def unset_variable(path: str) -> str | None:
-    """Return the first variable that was left in a located path because it is not set, or None."""
+    """Return the first variable that is still in a located path because it is not set, or None."""
     return next((match[1] for match in _VARIABLE.finditer(path)), None)
 
 

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, CSV, TSV and Parquet, every row knowing the file and line it came from."""
+"""Readers of rows from JSON lines, CSV, TSV and Parquet. Every row knows its file and line."""
 
 import csv
 import json
@@ -14,17 +14,17 @@ from hyperscale.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: column -> value, and where it stands (`file:line`; `file:row n` in Parquet)."""
+    """One row: column -> value, and its place (`file:line`; `file:row n` in Parquet)."""
 
     values: Mapping[str, Any]
     where: str
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file, chosen by its suffix; blank lines are passed over.
+    """Yield the rows of a file; its suffix chooses the reader, and blank lines are skipped.
 
     Raises:
-        DataError: the file is missing, of an unknown suffix, or a line of it is malformed.
+        DataError: the file is missing, its suffix is unknown, or a line is malformed.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -45,7 +45,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _parse_json(line: bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:  # an escaped half of a surrogate pair parses, but no tokenizer takes it
+        if b"\\u" in line:  # JSON parses half of a surrogate pair, but no tokenizer accepts it
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeError as error:
         raise DataError(f"{where}: not UTF-8: {error}") from error
@@ -53,7 +53,9 @@ def _parse_json(line: bytes, where: str) -> dict[str, Any]:
         hint = "; a JSON array is not JSON lines: write one object a line" if line.lstrip().startswith(b"[") else ""
         raise DataError(f"{where}: not valid JSON: {error.msg} at character {error.colno}{hint}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{where}: a row is a JSON object, not {type(values).__name__}; write one object a line")
+        raise DataError(
+            f"{where}: a row must be a JSON object, not {type(values).__name__}; write one object on each line"
+        )
     return values
 
 

@@ -20,7 +20,7 @@ from hyperscale.logger import get_logger
 _logger = get_logger(__name__)
 
 _MOST_LABELS = 200
-"""Each candidate is scored for each row: more words than this are free text."""
+"""Every row scores every candidate, so a column with more values than this must be treated as free text."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class TaskData:
     """A task's examples."""
 
     task: Task
-    """The task, its `labels` filled in where they were taken from the data."""
+    """The task. Its `labels` are filled in if they come from the data."""
     source: str
     """Printable origin: `file:…`, `asset:…` or `hub:…`."""
     digest: str
     """sha256 (hex) of all examples of all splits."""
     splits: Mapping[Split, Sequence[Example]]
-    """`train`, `validation`, and `test` where the source has one."""
+    """`train`, `validation`, and `test` if the source has one."""
 
 
 def load_task_data(
@@ -42,8 +42,8 @@ def load_task_data(
 ) -> TaskData:
     """Read a task's rows and divide them into splits that share no text.
 
-    Without validation rows, a tenth of the training texts becomes the validation split. A text in two splits stays in
-    the later of train, validation, test. Limits count rows.
+    If the source has no validation rows, a tenth of the training texts becomes the validation split. A text that
+    occurs in two splits stays in the later one of train, validation, test. Limits count rows.
 
     Raises:
         DataError: a file, column or label is missing or wrong (with file and line), or a split has no rows.
@@ -52,8 +52,8 @@ def load_task_data(
     task = _with_labels(task, [row for split in rows.values() for row in split])
     render = renderer(task).example
     examples = {split: [render(row) for row in rows[split]] for split in SPLITS if split in rows}
-    for split, found in examples.items():
-        if not found:
+    for split, rendered in examples.items():
+        if not rendered:
             raise DataError(f"task '{task.name}': {source} has no rows for {split}")
     splits = _divide(task.name, examples)
     splits["train"] = limit(splits["train"], train_limit)
@@ -64,7 +64,7 @@ def load_task_data(
 
 
 def without_training_texts(data: TaskData, taken: Collection[bytes]) -> TaskData:
-    """Return the task without the training rows that ask about texts of which `taken` holds the digests.
+    """Return the task without the training rows whose texts have a digest in `taken`.
 
     Raises:
         DataError: no training rows are left.
@@ -74,8 +74,8 @@ def without_training_texts(data: TaskData, taken: Collection[bytes]) -> TaskData
     if not left_out:
         return data
     if not kept:
-        raise DataError(f"task '{data.task.name}': no train rows are left without the texts that other tasks score")
-    _logger.info("task %s: %d train rows left out, another task scores their texts", data.task.name, left_out)
+        raise DataError(f"task '{data.task.name}': no training rows are left; other tasks score all of their texts")
+    _logger.info("task %s: %d training rows left out because another task scores their texts", data.task.name, left_out)
     splits = {**data.splits, "train": kept}
     return replace(data, digest=_digest(splits), splits=splits)
 
@@ -103,43 +103,44 @@ def _named_columns(task: Task) -> tuple[str, ...]:
 
 
 def _labelled(rows: Mapping[Split, Sequence[Row]], task: Task) -> Mapping[Split, Sequence[Row]]:
-    """Leave out what a hub's data set has no label for: single rows of a classification, and hidden splits of any."""
+    """Leave out what a hub data set gives no label for: rows of a classification, and whole splits of any task."""
     column = task.label_column or templates.parse(task.target).columns[0]
     if "-1" in (task.labels or ()):
         return rows
-    found: dict[Split, Sequence[Row]] = {}
-    for split, of_split in rows.items():
-        kept = [row for row in of_split if row.values.get(column) not in (-1, "-1")]
-        if not kept and of_split:
+    kept: dict[Split, Sequence[Row]] = {}
+    for split, all_rows in rows.items():
+        labelled = [row for row in all_rows if row.values.get(column) not in (-1, "-1")]
+        if not labelled and all_rows:
             _logger.info("task %s: the %s split has no labels and is left out", task.name, split)
         elif task.label_column is None:
-            found[split] = of_split  # numbers may well be -1
+            kept[split] = all_rows  # -1 may be a real number here
         else:
-            found[split] = kept
-            if len(kept) < len(of_split):
-                _logger.info("task %s: %d %s rows have no label", task.name, len(of_split) - len(kept), split)
-    return found
+            kept[split] = labelled
+            if len(labelled) < len(all_rows):
+                num_dropped = len(all_rows) - len(labelled)
+                _logger.info("task %s: %d %s rows have no label and are left out", task.name, num_dropped, split)
+    return kept
 
 
 def _files(source: FileSource, task: str) -> dict[Split, Path]:
-    given = source.model_dump(include={"path", *SPLITS}, exclude_none=True)
-    for path in given.values():
+    paths = source.model_dump(include={"path", *SPLITS}, exclude_none=True)
+    for path in paths.values():
         if name := unset_variable(path):
             raise DataError(
                 f"task '{task}': the environment variable {name}, used in its source {path}, is not set; "
-                "set it to the folder that holds these rows"
+                "set it to the folder that contains the rows"
             )
     if source.path is None:
-        return {split: Path(given[split]) for split in SPLITS if split in given}
+        return {split: Path(paths[split]) for split in SPLITS if split in paths}
     folder = Path(source.path)
     if not folder.suffix and not folder.exists():
-        raise DataError(f"task '{task}': there is no folder {folder}; it would hold train, validation and test files")
+        raise DataError(f"task '{task}': there is no folder {folder}; it should hold train, validation and test files")
     if not folder.is_dir():
         return {"train": folder}
-    found = {split: path for split in SPLITS if (path := _split_file(folder, split)) is not None}
-    if "train" not in found:
+    files = {split: path for split in SPLITS if (path := _split_file(folder, split)) is not None}
+    if "train" not in files:
         raise DataError(f"task '{task}': folder {folder} holds no train file ({', '.join(READERS)})")
-    return found
+    return files
 
 
 def _split_file(folder: Path, split: Split) -> Path | None:
@@ -147,41 +148,41 @@ def _split_file(folder: Path, split: Split) -> Path | None:
 
 
 def _with_labels(task: Task, rows: Sequence[Row]) -> Task:
-    """Take the label words from the data where the task file lists none."""
+    """Take the label words from the data if the task file lists none."""
     if task.label_column is None or task.labels is not None or not rows:
         return task
-    found = sorted({label_value(row, task.label_column, task.name) for row in rows})
+    values = sorted({label_value(row, task.label_column, task.name) for row in rows})
     remedy = "score it as text with metrics: [exact_match] and a target template, or list labels"
-    if len(found) < 2:
+    if len(values) < 2:
         raise DataError(
-            f"task '{task.name}': column '{task.label_column}' holds one value only, '{found[0]}'; {remedy}"
+            f"task '{task.name}': column '{task.label_column}' holds only one value, '{values[0]}'; {remedy}"
         )
-    if len(found) > _MOST_LABELS:
+    if len(values) > _MOST_LABELS:
         raise DataError(
-            f"task '{task.name}': column '{task.label_column}' holds {len(found)} different values; {remedy}"
+            f"task '{task.name}': column '{task.label_column}' holds {len(values)} different values; {remedy}"
         )
-    return task.model_copy(update={"labels": {value: value for value in found}})
+    return task.model_copy(update={"labels": {value: value for value in values}})
 
 
 def _divide(task: str, examples: Mapping[Split, Sequence[Example]]) -> dict[Split, list[Example]]:
     if "train" not in examples:
         raise DataError(f"task '{task}': there are no training rows, only {', '.join(examples)}")
-    given, test = examples.get("validation", ()), list(examples.get("test", ()))
-    train = without_texts_of(examples["train"], given, test)
-    validation = without_texts_of(given, test)
+    own_validation, test = examples.get("validation", ()), list(examples.get("test", ()))
+    train = without_texts_of(examples["train"], own_validation, test)
+    validation = without_texts_of(own_validation, test)
     for split, left_out in (
         ("train", len(examples["train"]) - len(train)),
-        ("validation", len(given) - len(validation)),
+        ("validation", len(own_validation) - len(validation)),
     ):
         if left_out:
-            _logger.info("task %s: %d %s rows left out, a later split has their text", task, left_out, split)
-    if not given:
+            _logger.info("task %s: %d %s rows left out because a later split has their texts", task, left_out, split)
+    if not own_validation:
         train, validation = carve_validation(train)
-        _logger.info("task %s: %d validation rows carved from train", task, len(validation))
+        _logger.info("task %s: %d validation rows carved from the training rows", task, len(validation))
     splits: dict[Split, list[Example]] = {"train": train, "validation": validation}
     for split, left in splits.items():
         if not left:
-            raise DataError(f"task '{task}': no {split} rows are left when no text may be in two splits; add rows")
+            raise DataError(f"task '{task}': no {split} rows are left once every text is in one split only; add rows")
     return splits | ({"test": test} if test else {})
 
 

@@ -1,6 +1,6 @@
-"""Which example is in which split: no text in two of them, a validation split carved where there is none, limits.
+"""Splits of a task: no text is in two of them, a missing validation split is carved, and limits are applied.
 
-Everything is decided by hashes of the texts, so that it is the same on every machine and in every order of work.
+Hashes of the texts decide everything, so the result is the same on every machine and in every order of work.
 """
 
 import hashlib
@@ -13,20 +13,20 @@ _LARGEST_VALIDATION = 2000
 
 
 def text_key(example: Example) -> str:
-    """Return the prompt without the differences of case and spacing that make no other text."""
+    """Return the prompt in lower case with single spaces: prompts with equal keys count as the same text."""
     return " ".join(example.source.casefold().split())
 
 
 def without_texts_of(examples: Sequence[Example], *others: Sequence[Example]) -> list[Example]:
-    """Return the examples whose text is in none of the other splits."""
+    """Return the examples whose text does not occur in the other splits."""
     taken = {text_key(example) for other in others for example in other}
     return [example for example in examples if text_key(example) not in taken]
 
 
 def carve_validation(train: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """Divide training examples into training and validation: a tenth of the texts, 1 to 2000 of them, chosen by hash.
+    """Divide training examples into training and validation. A hash chooses a tenth of the texts, 1 to 2000 of them.
 
-    Equal texts stay together. With fewer than two different texts nothing is carved.
+    Equal texts stay together. Fewer than two different texts give no validation split.
     """
     keys = [text_key(example) for example in train]
     ordered = sorted(set(keys), key=_hash)
@@ -39,7 +39,7 @@ def carve_validation(train: Sequence[Example]) -> tuple[list[Example], list[Exam
 
 
 def limit(examples: Sequence[Example], most: int | None) -> list[Example]:
-    """Return at most so many examples in their order, chosen by hash: files are often sorted by label."""
+    """Return at most `most` examples in their order. A hash chooses them, because files are often sorted by label."""
     if most is None or len(examples) <= most:
         return list(examples)
     ranked = sorted(range(len(examples)), key=lambda row: _hash(f"{row} {examples[row].source}"))

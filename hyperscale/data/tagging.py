@@ -5,7 +5,7 @@ Tags are written by their type alone: `city` begins a span (B-city), `I` continu
 `sentinels`, for encoder-decoders (SentT′, HyperLoader, arXiv 2407.01411):
     <extra_id_0> to <extra_id_1> new <extra_id_2> york <extra_id_3>
     <extra_id_0> O <extra_id_1> city <extra_id_2> I <extra_id_3>
-`lines`, for decoder-only models, every word said again before its tag, as in files of the CoNLL tasks:
+`lines`, for decoder-only models, repeats every word before its tag, as the files of the CoNLL tasks do:
     to new york⏎Tags:
     to O⏎new city⏎york I
 """
@@ -25,7 +25,7 @@ _TAG = re.compile(r"O|[BI]-\S+")
 
 
 class Tagging(Section):
-    """Where a sequence-labelling task has its words and tags, and how they are written."""
+    """The columns of a sequence-labelling task and the format of its text."""
 
     tokens: str = "tokens"
     """Column of the words: a list, or text with spaces between them."""
@@ -37,7 +37,7 @@ class Tagging(Section):
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A sentence: its words, and a BIO tag for each. Words read back from `sentinels` are empty texts."""
+    """The words of a sentence and a BIO tag for each. Words read back from `sentinels` are empty strings."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -51,11 +51,11 @@ class Writing(Protocol):
     def answer(self, sentence: Tagged) -> str: ...
 
     def reference(self, answer: str) -> Tagged:
-        """Return what an answer of `answer` says."""
+        """Return the sentence that `answer` wrote."""
         ...
 
     def tags(self, answer: str, words: Sequence[str]) -> tuple[str, ...]:
-        """Return the BIO tag that a generated answer gives each word; `O` where it says nothing of one."""
+        """Return the BIO tag that a generated answer gives each word; `O` for a word that it does not mention."""
         ...
 
 
@@ -72,10 +72,10 @@ class _Sentinels:
 
     def tags(self, answer: str, words: Sequence[str]) -> tuple[str, ...]:
         _, *pieces = _SENTINEL.split(answer)
-        said: dict[int, str] = {}
+        types: dict[int, str] = {}
         for number, text in zip(pieces[::2], pieces[1::2], strict=True):
-            said.setdefault(int(number), text)  # a model that goes round in circles is taken at its first word
-        return _bio([said.get(place, "") for place in range(len(words))])
+            types.setdefault(int(number), text)  # where a model repeats itself, its first answer counts
+        return _bio([types.get(place, "") for place in range(len(words))])
 
     def _between(self, texts: Sequence[str]) -> str:
         return " ".join([*(f"<extra_id_{place}> {text}" for place, text in enumerate(texts)), sentinel(len(texts))])
@@ -93,12 +93,13 @@ class _Lines:
         return Tagged(tuple(words), _bio(types))
 
     def tags(self, answer: str, words: Sequence[str]) -> tuple[str, ...]:
-        said, types = self._read(answer)
-        found = [""] * len(words)
-        # A word left out, doubled or misspelt must not shift the tags of the others.
-        for start, said_start, size in SequenceMatcher(None, words, said, autojunk=False).get_matching_blocks():
-            found[start : start + size] = types[said_start : said_start + size]
-        return _bio(found)
+        answered_words, answered_types = self._read(answer)
+        types = [""] * len(words)
+        # A word that is missing, doubled or misspelt must not shift the tags of the others.
+        matcher = SequenceMatcher(None, words, answered_words, autojunk=False)
+        for start, answered_start, size in matcher.get_matching_blocks():
+            types[start : start + size] = answered_types[answered_start : answered_start + size]
+        return _bio(types)
 
     def _read(self, answer: str) -> tuple[list[str], list[str]]:
         pairs = [line.strip().rpartition(" ") for line in answer.split("\n")]
@@ -109,21 +110,21 @@ WRITINGS: Mapping[TagFormat, Writing] = {"sentinels": _Sentinels(), "lines": _Li
 
 
 def sentinel(number: int) -> str:
-    """Return T5's sentinel of that number."""
+    """Return T5's sentinel with this number."""
     return f"<extra_id_{number}>"
 
 
 def last_sentinel(prompt: str) -> str | None:
     """Return the sentinel that closes a prompt of `sentinels`, or None."""
-    found = _SENTINEL.findall(prompt)
-    return sentinel(int(found[-1])) if found else None
+    numbers = _SENTINEL.findall(prompt)
+    return sentinel(int(numbers[-1])) if numbers else None
 
 
 def read_words(value: Any) -> tuple[str, ...]:
     """Return the words of a row's value.
 
     Raises:
-        ValueError: there are none, or one of them is no text or holds a sentinel.
+        ValueError: there are none, or one of them is empty, is not text or contains a sentinel.
     """
     words = _listed(value)
     if not words:
@@ -132,15 +133,15 @@ def read_words(value: Any) -> tuple[str, ...]:
         if not word:
             raise ValueError(f"word {place} is empty")
         if _SENTINEL.search(word):
-            raise ValueError(f"word {place}, '{word}', holds a sentinel of T5")
+            raise ValueError(f"word {place}, '{word}', contains a sentinel of T5")
     return words
 
 
 def read_tags(value: Any, words: Sequence[str]) -> Tagged:
-    """Return words and tags together; an I- tag that continues nothing is no span in the strict sense: `O`.
+    """Return words and tags together. An I- tag that continues no span becomes `O`, as the strict scheme counts it.
 
     Raises:
-        ValueError: not as many tags as words, or one of them is not BIO.
+        ValueError: the numbers of tags and words differ, or a tag is not BIO.
     """
     tags = _listed(value)
     if len(tags) != len(words):
@@ -174,7 +175,7 @@ def _types(tags: Sequence[str]) -> list[str]:
 
 
 def _bio(types: Sequence[str]) -> tuple[str, ...]:
-    """Return BIO tags from types as a model wrote them; whatever says nothing is outside."""
+    """Return BIO tags from types as a model wrote them; an empty type is outside."""
     tags: list[str] = []
     for written in types:
         kind = "".join(written.split())

@@ -1,4 +1,4 @@
-"""Declarative tasks: one YAML file says where the rows are, how they become text, and how answers are scored."""
+"""Declarative tasks. One YAML file says where the rows are, how they become text, and how answers are scored."""
 
 import os
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ MetricName = Literal["accuracy", "exact_match", "f1", "macro_f1", "mcc", "pearso
 _LABEL_METRICS = {"accuracy", "f1", "macro_f1", "mcc"}
 _NUMBER_METRICS = {"pearson", "spearman"}
 _TAGGING_TOKENS = 256
-"""Room for a tag and its marker for each word of a long sentence."""
+"""Enough for a tag and its marker for each word of a long sentence."""
 _PACKAGED = Path(__file__).parent / "tasks"
 
 
 class Task(Section):
-    """One task: a classification with `label_column`, whose candidate answers are scored, sequence labelling with
-    `tagging`, else free text.
+    """One task: a classification if it has a `label_column` (its candidate answers are scored), sequence labelling if
+    it has `tagging`, else free text.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Default: the file's name. It becomes part of metric names and folders."""
+    """By default the file's name. It becomes part of metric names and folder names."""
     version: str = Field(default="1", coerce_numbers_to_str=True)
     description: str = ""
     source: Source
@@ -38,28 +38,28 @@ class Task(Section):
     target: str
     """Template of the answer; by default the label alone."""
     labels: dict[str, str] | None = None
-    """Row value -> word the model writes; None with a `label_column`: the values found in the data."""
+    """Row value -> word that the model writes. None with a `label_column` = the values in the data are the words."""
     label_column: str | None = None
     positive_label: str | None = None
     """The word whose F1 `f1` reports; by default the last of `labels`."""
     tagging: Tagging | None = None
-    """Makes it sequence labelling: in `input` the words' column stands for the written sentence; by default that is
-    all of it."""
+    """Makes the task sequence labelling. In `input`, the column of the words stands for the whole written sentence,
+    and by default `input` is that column alone."""
     round_to: float | None = Field(default=None, gt=0)
-    """The answer is a number, written as the nearest multiple of this: 0.2 for STS-B, as T5 does."""
+    """The answer is a number and is written as the nearest multiple of this: 0.2 for STS-B, as in T5."""
     metrics: tuple[MetricName, ...] = Field(min_length=1)
     """The first is the main one; by default accuracy for a classification, else exact_match."""
     chat: bool = False
     """Put the prompt through the tokenizer's chat template."""
     system: str | None = None
     max_new_tokens: int = Field(default=32, ge=1)
-    """Where a generated answer ends at the latest; by default 32, and 256 for tagging."""
+    """Largest length of a generated answer; by default 32, and 256 for tagging."""
     not_with: tuple[str, ...] = ()
-    """Names of tasks that must not be in one run with this one, as where one holds the other's validation rows.
-    The description says why."""
+    """Names of tasks that must not be in one run with this one, for example because one contains the other's
+    validation rows. The description gives the reason."""
     shares_texts_with: tuple[str, ...] = ()
-    """Names of tasks made of some of the same texts. In one run with them, training rows whose texts stand in their
-    validation or test rows are left out."""
+    """Names of tasks that were made from some of the same texts. In a run with them, this task leaves out training
+    rows whose texts are in their validation or test rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -70,7 +70,7 @@ class Task(Section):
     @classmethod
     def _is_a_template(cls, text: str) -> str:
         if not templates.parse(text).names:
-            raise ValueError("the template names no column; write it as '{column}'")
+            raise ValueError("the template names no column; write one as '{column}'")
         return text
 
     @field_validator("labels", mode="before")
@@ -91,12 +91,12 @@ class Task(Section):
         if self.label_column is not None:
             others = set(templates.parse(self.target).columns) - {self.label_column, "label"}
             if others:
-                problems.append(f"target of a classification holds only the label, not {', '.join(sorted(others))}")
+                problems.append(f"target of a classification may hold only the label, not {', '.join(sorted(others))}")
         if self.positive_label is not None and self.labels and self.positive_label not in self.labels.values():
             words = ", ".join(self.labels.values())
             problems.append(f"positive_label '{self.positive_label}' is not one of the words of labels: {words}")
         if "f1" in self.metrics and self.positive_label is None:
-            problems.append("metric f1 needs positive_label, the word whose F1 is meant; or use macro_f1")
+            problems.append("metric f1 needs positive_label, the word whose F1 it reports; or use macro_f1")
         if self.tagging is not None:
             problems += _tagging_problems(self)
         if self.round_to is not None and (self.label_column is not None or self.tagging is not None):
@@ -111,7 +111,7 @@ class Task(Section):
 
     @property
     def kind(self) -> Literal["classification", "tagging", "number", "text"]:
-        """What its answers are."""
+        """The kind of its answers."""
         if self.label_column is not None:
             return "classification"
         if self.tagging is not None:
@@ -119,7 +119,7 @@ class Task(Section):
         return "number" if self.round_to is not None or self.metrics[0] in _NUMBER_METRICS else "text"
 
     def written_for(self, is_encoder_decoder: bool) -> Self:
-        """Return the task as it is put to a family of backbones: tagging has a format, any other task is the same."""
+        """Return the task for a family of backbones: tagging gets its format, and any other task stays as it is."""
         if self.tagging is None or self.tagging.format is not None:
             return self
         tagging = self.tagging.model_copy(update={"format": "sentinels" if is_encoder_decoder else "lines"})
@@ -132,7 +132,7 @@ def _tagging_problems(task: Task) -> list[str]:
     if task.label_column is not None:
         problems.append("tagging and labels exclude each other")
     elif templates.parse(task.target) != templates.parse(f"{{{tags}}}"):
-        problems.append(f"target of tagging is the tags alone, '{{{tags}}}'; leave it out")
+        problems.append(f"target of tagging must be the tags alone, '{{{tags}}}'; leave it out")
     if words not in templates.parse(task.input).columns:
         problems.append(f"input must hold the words, '{{{words}}}'; leave it out for the sentence alone")
     return problems
@@ -191,7 +191,7 @@ def load_task(name_or_path: str, folders: Sequence[str | Path] = ()) -> Task:
     """Read one task: a path of a YAML file, or a name looked up in `folders`, then among the packaged tasks.
 
     Raises:
-        DataError: no such task (with the nearest name), or its file is wrong (one line for each problem).
+        DataError: there is no such task (with the nearest name), or its file is wrong (one line for each problem).
     """
     path = Path(os.path.expandvars(name_or_path)).expanduser()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -211,14 +211,14 @@ def load_task(name_or_path: str, folders: Sequence[str | Path] = ()) -> Task:
 
 
 def list_tasks(folders: Sequence[str | Path] = ()) -> list[Task]:
-    """Return every task in `folders` and in the package, by name; a file in `folders` hides a packaged one."""
-    files = [path for path in _task_files(folders).values() if not _is_something_else(path)]
+    """Return every task in `folders` and in the package, sorted by name; a file in `folders` hides a packaged one."""
+    files = [path for path in _task_files(folders).values() if _is_task_file(path)]
     return sorted(map(_read_task, files), key=lambda task: task.name)
 
 
-def _is_something_else(path: Path) -> bool:
-    """Whether a YAML file has neither a task's source nor its input, as a recipe that lies beside tasks."""
-    return not {"source", "input"}.intersection(read_mapping(path, "a task", DataError))
+def _is_task_file(path: Path) -> bool:
+    """Whether a YAML file has a task's source or input; a recipe in the same folder has neither."""
+    return not {"source", "input"}.isdisjoint(read_mapping(path, "a task", DataError))
 
 
 def _task_files(folders: Sequence[str | Path]) -> dict[str, Path]:
@@ -237,7 +237,7 @@ def _given_name(path: Path) -> str | None:
     try:
         raw = read_mapping(path, "a task", DataError)
     except DataError:
-        return None  # a broken neighbour does not stop the search for another task
+        return None  # a broken file must not stop the search for another task
     return str(raw["name"]) if "name" in raw else None
 
 

@@ -1,4 +1,4 @@
-"""Templates of task files: `{column}` takes a column's text, doubled braces are literal, nothing is executed."""
+"""Templates of task files: `{column}` inserts a column's text, doubled braces are literal, and no code runs."""
 
 import json
 import re
@@ -11,14 +11,14 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template: text and columns in turn, `texts` one longer than `names`."""
+    """A parsed template. Texts and column names alternate, so `texts` is one longer than `names`."""
 
     texts: tuple[str, ...]
     names: tuple[str, ...]
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns it names, each once, in order."""
+        """The columns that it names, each once, in order of appearance."""
         return tuple(dict.fromkeys(self.names))
 
     def render(self, values: Mapping[str, str]) -> str:
@@ -31,7 +31,7 @@ def parse(template: str) -> Template:
     """Split a template into its texts and columns.
 
     Raises:
-        ValueError: a brace stands alone or encloses nothing.
+        ValueError: a brace has no partner, or a pair of braces is empty.
     """
     texts, names, start = [""], [], 0
     for match in _PIECE.finditer(template):
@@ -41,9 +41,7 @@ def parse(template: str) -> Template:
         if piece in ("{{", "}}"):
             texts[-1] += piece[0]
         elif name is None:
-            raise ValueError(
-                f"'{piece}' at character {match.start() + 1} stands alone; a literal brace is written twice"
-            )
+            raise ValueError(f"'{piece}' at character {match.start() + 1} has no partner; write a literal brace twice")
         elif not name.strip():
             raise ValueError(f"'{piece}' at character {match.start() + 1} names no column")
         else:
@@ -54,10 +52,10 @@ def parse(template: str) -> Template:
 
 
 def text_of(value: Any) -> str:
-    """Return a row value as text: words of a list are joined by spaces, numbers and truth values are as in JSON.
+    """Return a row value as text: a list is joined by spaces; numbers and truth values are written as in JSON.
 
     Raises:
-        ValueError: the value is empty (null) or nested.
+        ValueError: the value is null or nested.
     """
     if isinstance(value, str):
         return value
