@@ -254,10 +254,10 @@ def test_a_damaged_backbone_is_made_again_with_the_values_of_the_gguf_file(smoll
 
 def test_unknown_names_get_the_nearest_one() -> None:
     with pytest.raises(
-        BackboneError, match=r"No packaged backbone is called 'smollm2-135m'\. .*Did you mean 'smollm2-135m"
+        BackboneError, match=r"There is no packaged backbone 'smollm2-135m'\. .*Did you mean 'smollm2-135m"
     ):
         resolve_packaged("smollm2-135m")
-    with pytest.raises(DataError, match=r"No packaged data set is called 'vader'.*Known: vader_sentiment, "):
+    with pytest.raises(DataError, match=r"There is no packaged data set 'vader'.*Known: vader_sentiment, "):
         open_dataset("vader", "tweets")
     with pytest.raises(DataError, match=r"has no subset 'tweet'.*Did you mean 'tweets'\?"):
         open_dataset("vader_sentiment", "tweet")

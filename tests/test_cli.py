@@ -149,7 +149,7 @@ def test_tasks_shows_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     unset = run(capsys, "tasks", "snips")
     assert unset.code == 1
     assert "kind               tagging\n" in unset.out
-    assert unset.errors[0].endswith("is not set; set it to the folder that holds these rows")
+    assert unset.errors[0].endswith("is not set; set it to the folder that contains the rows")
     assert "Did you mean 'snips'?" in run(capsys, "tasks", "snisp").errors[0]
 
 

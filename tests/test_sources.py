@@ -64,7 +64,7 @@ def test_jsonl_csv_tsv_and_parquet_give_the_same_examples(tmp_path: Path):
     [
         ("a.jsonl", b'{"text": "x", "y": 1}\n\n{"text": "x", y: 1}\n', "a.jsonl:3: not valid JSON"),
         ("a.jsonl", b'[{"text": "x"},\n', "a.jsonl:1: not valid JSON.*write one object a line"),
-        ("a.jsonl", b'{"text": "x", "y": 1}\n"word"\n', "a.jsonl:2: a row is a JSON object, not str"),
+        ("a.jsonl", b'{"text": "x", "y": 1}\n"word"\n', "a.jsonl:2: a row must be a JSON object, not str"),
         ("a.jsonl", b'{"text": "\xff", "y": 1}\n', "a.jsonl:1: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800", "y": 1}\n', "a.jsonl:1: not UTF-8"),
         ("a.jsonl", b"\n\n", "has no rows for train"),
@@ -111,7 +111,7 @@ def test_wrong_sources_and_labels_are_named(tmp_path: Path):
     free = write_rows(tmp_path / "c.jsonl", [{"text": f"{number}", "y": f"answer {number}"} for number in range(300)])
     with pytest.raises(DataError, match=r"holds 300 different values; score it as text"):
         load_task_data(task(str(free), label_column="y"))
-    with pytest.raises(DataError, match=r"No packaged data set is called"):
+    with pytest.raises(DataError, match=r"There is no packaged data set"):
         load_task_data(task({"asset": "nothing", "subset": "x"}))
 
 

@@ -131,12 +131,15 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
             "source: path and train, validation, test exclude",
         ),
         ('source: a\ninput: "{q}"\nlabels: {0: same, 1: same}', "labels: a classification needs at least two"),
-        ('source: a\ninput: "{q}"\ntarget: "{q} {y}"\nlabel_column: y', "target of a classification holds only"),
+        ('source: a\ninput: "{q}"\ntarget: "{q} {y}"\nlabel_column: y', "target of a classification may hold only"),
         ('source: a\ninput: "{q}"\nlabel_column: y\nmetrics: [f1]', "metric f1 needs positive_label"),
         ('source: a\ninput: "{q}"\nlabels: {0: a, 1: b}\npositive_label: c', "positive_label 'c' is not one of"),
         ('source: a\ninput: "{q}"\ntarget: "{a}"\nsystem: Be brief.', "system is only used with chat: true"),
         ("source: a\ntagging: {}\nlabels: {0: a, 1: b}", "tagging and labels exclude each other"),
-        ('source: a\ntagging: {}\ntarget: "{tags}."', "target of tagging is the tags alone, '{tags}'; leave it out"),
+        (
+            'source: a\ntagging: {}\ntarget: "{tags}."',
+            "target of tagging must be the tags alone, '{tags}'; leave it out",
+        ),
         ('source: a\ntagging: {tokens: words}\ninput: "{tokens}"', "input must hold the words, '{words}'"),
         (
             "source: a\ntagging: {format: line}",

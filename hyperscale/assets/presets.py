@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON files that we ship: `ds_configs/` of a checkout, `hyperscale/ds_configs` of a wheel."""
+"""The shipped DeepSpeed JSON files: `ds_configs/` in a checkout, `hyperscale/ds_configs` in a wheel."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ def preset_folder() -> Path:
     """Return the folder of the shipped presets.
 
     Raises:
-        ConfigError: the installation lost them.
+        ConfigError: the installation does not contain them.
     """
     for folder in (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs"):
         if folder.is_dir():
             return folder
-    raise ConfigError(f"the DeepSpeed presets are missing beside {_PACKAGE}; install hypernet-scale again")
+    raise ConfigError(f"the DeepSpeed presets are missing next to {_PACKAGE}; reinstall hypernet-scale")
 
 
 def find_preset(name: str) -> Path:
@@ -29,6 +29,6 @@ def find_preset(name: str) -> Path:
     if name not in presets:
         raise ConfigError(
             f"no DeepSpeed preset '{name}': the shipped ones are {', '.join(presets)}.{nearest(name, presets)} "
-            "A file of your own is named by its path, ending in .json"
+            "To use your own file, give its path, which must end in .json"
         )
     return presets[name]

@@ -1,4 +1,4 @@
-"""Texts of four kinds rated by about twenty people each, from the source distribution of vaderSentiment.
+"""Texts of four kinds from the source distribution of vaderSentiment, each rated by about twenty people.
 
 Source: Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
 ICWSM 2014. Each line of its ground-truth files is `id<TAB>mean rating in [-4, 4]<TAB>text`; product and newspaper
@@ -36,7 +36,7 @@ _FILES = {
 SUBSETS = tuple(_FILES)
 
 _CLEAR = 0.5
-"""Texts whose mean rating is nearer to zero than this are neither positive nor negative, and are dropped."""
+"""A text whose mean rating is closer to zero than this is neither positive nor negative, and is dropped."""
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,32 @@ class RatedText:
 
 
 def read_ratings(subset: str) -> list[RatedText]:
-    """Return all texts of a subset in the file's order, HTML entities resolved and white space collapsed."""
+    """Return all texts of a subset in file order, with HTML entities resolved and white space collapsed."""
     member = f"hutto_ICWSM_2014/{_FILES[subset]}_GroundTruth.txt"
     with tarfile.open(fetch(PACKAGE)) as outer, tarfile.open(fileobj=outer.extractfile(_ARCHIVE)) as inner:
         stream = inner.extractfile(member)
-        assert stream is not None  # A member of an archive whose digest has been checked.
+        assert stream is not None  # The archive's digest was checked, so the member exists.
         lines = stream.read().decode("utf-8").split("\r\n")
     rated = []
     for line in lines:
         if line:
             identifier, rating, text = line.split("\t")
-            # Twice: eight editorial sentences were escaped twice.
+            # Unescape twice: eight editorial sentences were escaped twice.
             text = html.unescape(html.unescape(text))
             rated.append(RatedText(identifier, " ".join(text.split()), float(rating)))
     return rated
 
 
 def normalised(text: str) -> str:
-    """Return the words of a text alone: case, punctuation, accents' encoding and spacing make no difference."""
+    """Return the words of a text without differences of case, punctuation, spacing and Unicode form."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def rows(subset: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (split key, {id, text, label}) for every clearly rated text, each normalised text once.
+    """Yield (split key, {id, text, label}) for every clearly rated text; each normalised text occurs once.
 
-    Texts that occur with both labels are dropped. Rows with equal split keys must stay in one split: the key is the
-    document where ids name one, else the normalised text.
+    Texts that occur with both labels are dropped. Rows with equal split keys must stay in one split. The key is the
+    document if the ids name one, else the normalised text.
     """
     labels: dict[str, set[str]] = {}
     first: dict[str, RatedText] = {}

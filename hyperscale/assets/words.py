@@ -1,6 +1,6 @@
-"""Word tasks: inflection from the table inside lemminflect, British and American spelling from breame.
+"""Word tasks: inflection from lemminflect's table, British and American spelling from breame.
 
-The tables are read from the packages' own files; neither package is installed or imported.
+The tables are read from the packages' files; neither package is installed or imported.
 """
 
 import ast
@@ -35,23 +35,23 @@ BREAME = PinnedPackage(
 )
 
 _COLUMNS = {"past_tense": ("verb", 0), "ing_form": ("verb", 2), "plural": ("noun", 0)}
-"""Part of speech and column of the table, whose lines are `lemma,verb,past,participle,-ing,third person` and
-`lemma,noun,plural`; a cell holds one or more spellings with `/` between them, the preferred one first."""
+"""Part of speech and column of the table. Its lines are `lemma,verb,past,participle,-ing,third person` and
+`lemma,noun,plural`. A cell holds one or more spellings separated by `/`, the preferred one first."""
 
 INFLECTIONS = tuple(_COLUMNS)
 
 
 def inflections(subset: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (split key, {word, form}) for common words; the key is the lemma, the same in all subsets.
+    """Yield (split key, {word, form}) for common words. The key is the lemma and is the same in all subsets.
 
-    Common means that the rated texts of the sentiment tasks hold both the lemma and an inflected form of it. Left out
-    are nouns whose plural is the singular (the table cannot tell "sheep" from "abandonment") and words for which the
-    table prefers another form than those texts do ("quitted", "fitted").
+    A word is common if the rated texts of the sentiment tasks contain both its lemma and an inflected form. Nouns whose
+    plural equals the singular are left out, because the table cannot tell "sheep" from "abandonment". So are words for
+    which the table prefers another form than those texts do ("quitted", "fitted").
     """
     part_of_speech, column = _COLUMNS[subset]
     counts = _word_counts()
     for lemma, cells in _inflection_table(part_of_speech):
-        # The third person is left out of the evidence: "windows" would make a verb of every noun.
+        # The third person is no evidence: "windows" would turn every noun into a verb.
         inflected = {form for cell in cells[:3] for form in cell if form != lemma}
         forms = [form for form in cells[column] if part_of_speech == "verb" or form != lemma]
         common = counts[lemma] and any(counts[form] for form in inflected)
@@ -60,11 +60,11 @@ def inflections(subset: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def spellings(subset: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (split key, {word, form}), British to American; words that begin alike (one family) share a key."""
+    """Yield (split key, {word, form}), British to American. Words with the same beginning (one family) share a key."""
     assert subset == "american"
     with tarfile.open(fetch(BREAME)) as archive:
         stream = archive.extractfile("breame-0.1.2/breame/data/spelling_constants.py")
-        assert stream is not None  # A member of an archive whose digest has been checked.
+        assert stream is not None  # The archive's digest was checked, so the member exists.
         module = ast.parse(stream.read())
     for statement in module.body:
         # Read as a literal, never executed.
@@ -82,7 +82,7 @@ def _word_counts() -> Counter[str]:
 
 
 def _inflection_table(part_of_speech: str) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield (lemma, cells) where each cell lists its spellings, of words and forms made of plain letters."""
+    """Yield (lemma, cells); each cell lists its spellings. Words and forms with other characters are left out."""
     with zipfile.ZipFile(fetch(LEMMINFLECT)) as wheel:
         table = gzip.decompress(wheel.read("lemminflect/resources/infl_lu.csv.gz")).decode("utf-8")
     for line in table.splitlines():
