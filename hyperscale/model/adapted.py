@@ -16,7 +16,7 @@ from hyperscale.model.sites import SiteMap
 
 
 class AdaptedModel:
-    """What the engines run. Takes plain tensors; knows no optimizer, no vendor and no data set."""
+    """The model that the engines run. It takes plain tensors and knows no optimizer, vendor or data set."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class AdaptedModel:
         architecture: Architecture,
         site_by_site: bool = False,
     ) -> None:
-        """`site_by_site`: generate inside the blocks, where all weights at once would be too large."""
+        """`site_by_site`: generate inside the blocks, for adapters that are too large to hold all at once."""
         self.backbone = backbone
         self.generator = generator
         self.injection = injection
@@ -74,10 +74,10 @@ class AdaptedModel:
         return logits
 
     def _keep_labelled(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Keep the label positions alone; without any, lay the hidden states together.
+        """Pass only the label positions to the head; if none are set, make the hidden states contiguous.
 
-        Given the last position of each prompt as a slice, and no gradient to keep, PyTorch multiplies row by row and on
-        CPUs first copies the head for every row: 1.8 GB and 4 s for 32 rows of SmolLM2-135M in bf16.
+        When the input is a slice (the last position of each prompt) and no gradient is needed, PyTorch multiplies row
+        by row, and on CPUs copies the head for every row: 1.8 GB and 4 s for 32 rows of SmolLM2-135M in bf16.
         """
         if self._positions is None:
             return (args[0].contiguous(),)
@@ -86,9 +86,9 @@ class AdaptedModel:
     def _look_up_together(
         self, _backbone: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Look up the encoder's and the decoder's tokens at one time; a sharded embedding is gathered once then.
+        """Look up the encoder's and the decoder's tokens together, so that a sharded embedding is gathered once.
 
-        It happens within the backbone's forward, since ZeRO-3 takes the beginning of that for the beginning of a pass.
+        This must happen inside the backbone's forward: ZeRO-3 treats the start of that call as the start of a pass.
         """
         if inputs.get("input_ids") is None or inputs.get("decoder_input_ids") is None:
             return args, inputs
@@ -112,13 +112,13 @@ class AdaptedModel:
 
 
 def shift_right(labels: Tensor, config: Any) -> Tensor:
-    """Return decoder inputs [B, L]: the start token, then the targets but the last, padding in place of -100."""
+    """Return decoder inputs [B, L]: the start token, then all targets except the last, with padding for -100."""
     start = labels.new_full((labels.shape[0], 1), config.decoder_start_token_id)
     return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
 
 
 def label_positions(labels: Tensor, is_encoder_decoder: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Find where a batch is trained, on the CPU, before anything moves to a device.
+    """Locate the labels of a batch, on the CPU, before anything moves to a device.
 
     Args:
         labels: [B, L], -100 for none; for causal models aligned with the inputs (token t is predicted from t - 1).

@@ -1,4 +1,4 @@
-"""One row per model family: where its blocks are and what their projections are called. Nothing else names a module."""
+"""One row per model family: the paths of its blocks and projections. No other file names a module."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from hyperscale.errors import BackboneError, nearest
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of equal transformer blocks."""
+    """A sequence of equal transformer blocks."""
 
     name: str
     blocks: str
@@ -37,9 +37,9 @@ class Architecture:
     block_class: str
     """Class name of a block: the unit that ZeRO-3 gathers and activation checkpointing recomputes."""
     mask_argument: str
-    """What a self-attention calls its mask."""
+    """The name of the self-attention's mask argument."""
     rotary: str | None = None
-    """Path of the module that turns position ids into rotations, if there is one."""
+    """Path of the module that computes rotations from position ids, if there is one."""
 
 
 _LLAMA = Architecture(
@@ -119,7 +119,7 @@ def architecture_of(model_type: str) -> Architecture:
 
     Raises:
         BackboneError: there is no such row.
-        PluginError: there is none, and a plug-in that might add it cannot be loaded.
+        PluginError: there is no such row, and a plug-in that might add it cannot be loaded.
     """
     row = ARCHITECTURES.find(model_type)
     if row is None:

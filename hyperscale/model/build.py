@@ -49,16 +49,16 @@ class Blueprint:
     def build_generator(
         self, settings: AdaptationSettings, num_tasks: int, seed: int, task_features: Tensor | None = None
     ) -> nn.Module:
-        """Make a generator for these sites; see `registry.build_generator`."""
+        """Build a generator for these sites; see `registry.build_generator`."""
         return build_generator(settings, self.site_map, self.kinds, num_tasks, seed, task_features)
 
     def inject(self, backbone: nn.Module) -> Injection:
-        """Put the hooks of these sites on a backbone; it stays as it is until weights are active."""
+        """Attach the hooks of these sites to a backbone; its outputs do not change until weights are active."""
         return Injection(backbone, self.site_map, self.kinds)
 
     def adapt(self, backbone: nn.Module, generator: nn.Module, site_by_site: bool = False) -> AdaptedModel:
         """Join a backbone and a generator.
 
-        `site_by_site`: generate inside the blocks, where all weights at once would be too large.
+        `site_by_site`: generate inside the blocks, for adapters that are too large to hold all at once.
         """
         return AdaptedModel(backbone, generator, self.inject(backbone), self.site_map, self.architecture, site_by_site)

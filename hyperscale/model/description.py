@@ -1,4 +1,4 @@
-"""What the frozen backbone makes of a text: features for a task encoder."""
+"""Features of a text from the frozen backbone, for a task encoder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,8 @@ _TEXTS_AT_ONCE = 8
 def text_features(backbone: nn.Module, architecture: Architecture, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the mean, over each text's tokens, of the last hidden states: [K, D] in fp32 on the CPU.
 
-    These are the encoder's states where there is an encoder. Adapters must be off. The whole model runs, a few texts at
-    a time, so that ZeRO-3 gathers it as in any forward pass. Every rank must call this.
+    An encoder-decoder's features come from its encoder. Adapters must be off. The whole model runs on a few texts at a
+    time, so ZeRO-3 gathers it as in any forward pass. Every rank must call this.
 
     Args:
         input_ids: [K, T], padded on the right.
@@ -53,7 +53,7 @@ def _mean_states(backbone: nn.Module, architecture: Architecture, input_ids: Ten
 
 @contextmanager
 def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module returns inside the `with`; nothing of the layers before it is kept."""
+    """Collect a module's outputs inside the `with`; outputs of earlier layers are not kept."""
     outputs: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:

@@ -1,4 +1,4 @@
-"""How the weights of a step come about: those of all sites in one call, or those of each site where it acts."""
+"""How the weights of a step are generated: all sites in one call, or each site when it acts."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -18,25 +18,25 @@ class Generation(Protocol):
     """The weights of a step's K tasks, for all its micro-batches."""
 
     def source(self, dtype: torch.dtype) -> Source:
-        """Return what one micro-batch takes its weights from."""
+        """Return the weights of one micro-batch by site."""
         ...
 
     def backward(self) -> None:
-        """Send the gradients that the micro-batches have left through the generator; once, after the last."""
+        """Send the gradients of all micro-batches through the generator. Call this once, after the last micro-batch."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is made before the first micro-batch."""
+        """Bytes of the tensors generated before the first micro-batch."""
         ...
 
     def held_bytes(self, itemsize: int) -> int:
-        """Bytes of that with its gradients, and with the copy in a backbone's dtype that acts."""
+        """Bytes of these tensors, their gradients, and the copy in the backbone's dtype that the adapters use."""
         ...
 
 
 class _DetachedWeights:
-    """Tensors cut off from the generator's graph; what stands in their place collects gradients in fp32."""
+    """Generated tensors, and detached leaves in their place that collect gradients in fp32."""
 
     def __init__(self, made: Weights) -> None:
         self.made = made
@@ -51,7 +51,7 @@ class _DetachedWeights:
 
 
 class EagerGeneration(_DetachedWeights):
-    """All sites' weights from one batched call, as a generator returns them; they collect the gradients."""
+    """All sites' weights from one batched call of a generator."""
 
     def source(self, dtype: torch.dtype) -> Source:
         return split_by_site(cast(self._leaves, dtype))
@@ -61,10 +61,10 @@ class EagerGeneration(_DetachedWeights):
 
 
 class PerSiteGeneration(_DetachedWeights):
-    """Each site's weights from its code, where the site acts.
+    """Each site's weights, generated from its code when the site acts.
 
-    Inside a checkpointed block they are made again in the backward pass, and neither they nor their gradients outlive
-    the site. What outlives it, and collects gradients, are the codes.
+    A checkpointed block generates them again in the backward pass. Neither they nor their gradients outlive the site;
+    only the codes do, and they collect the gradients.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PerSiteGeneration(_DetachedWeights):
 
 
 class CombinedGeneration:
-    """Weights that are kept beside a generation of the other groups."""
+    """Stored weights of some groups, and a generation of the others."""
 
     def __init__(self, generation: Generation, kept: Weights) -> None:
         self._generation, self._kept = generation, EagerGeneration(kept)
@@ -105,10 +105,10 @@ class CombinedGeneration:
 
 
 def split_by_site(weights: Weights) -> Source:
-    """Cut tensors [K, S, …] into their sites', all at once.
+    """Split tensors [K, S, …] into those of each site, all sites at once.
 
-    The backward pass then puts the sites' gradients together in one copy. Were each site to take its slice by itself,
-    each would add a gradient of the size of all of them: a quarter of the step at 60 sites.
+    The backward pass then joins the sites' gradients in one copy. If each site took its own slice, each would add a
+    gradient as large as that of all sites: at 60 sites this took a quarter of the step.
     """
     sites = {key: {name: tensor.unbind(1) for name, tensor in group.items()} for key, group in weights.items()}
     return lambda group, index: {name: tensors[index] for name, tensors in sites[group].items()}

@@ -1,6 +1,6 @@
-"""How each place of a block is reached: the hooks that adapt what passes there.
+"""The hooks that adapt each place of a block.
 
-They return at once where nothing acts, and never touch a parameter of the backbone.
+They do nothing when no adapter is active, and never touch a parameter of the backbone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from hyperscale.model.adapters.prefix import Prefix, PrefixedCache, widened_mask
 
 
 class Act(NamedTuple):
-    """One kind at one place, with the weights of the batch's tasks."""
+    """One adapter kind at one place, with the weights of the batch's tasks."""
 
     place: Place
     kind: AdapterKind
@@ -24,11 +24,11 @@ class Act(NamedTuple):
 
 
 Acting = Callable[[], Sequence[Act]]
-"""Returns what acts at a layer now, in order; nothing outside of `Injection.active`."""
+"""Returns the adapters that are active at a layer, in order; none outside of `Injection.active`."""
 
 
 def after(layer: nn.Module, acting: Acting) -> RemovableHandle:
-    """Adapt what comes out of a linear layer."""
+    """Adapt the output of a linear layer."""
 
     def adapt(_layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         for act in acting():
@@ -39,7 +39,7 @@ def after(layer: nn.Module, acting: Acting) -> RemovableHandle:
 
 
 def before(layer: nn.Module, acting: Acting) -> RemovableHandle:
-    """Adapt what goes into a linear layer."""
+    """Adapt the input of a linear layer."""
 
     def adapt(_layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
@@ -51,7 +51,7 @@ def before(layer: nn.Module, acting: Acting) -> RemovableHandle:
 
 
 def after_norm(norm: nn.Module, acting: Acting) -> RemovableHandle:
-    """Adapt what comes out of an RMS norm, given what its weight multiplies."""
+    """Adapt the output of an RMS norm; the adapter gets the normalised input that the norm's weight multiplies."""
 
     def adapt(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         acts = acting()
@@ -65,7 +65,7 @@ def after_norm(norm: nn.Module, acting: Acting) -> RemovableHandle:
 
 
 def inside_attention(attention: nn.Module, acting: Acting, mask_argument: str) -> RemovableHandle:
-    """Put keys and values before those of a self-attention, and columns for them before its mask's."""
+    """Prepend keys and values to those of a self-attention, and columns for them to its mask."""
 
     def adapt(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         acts = acting()
@@ -81,7 +81,7 @@ def inside_attention(attention: nn.Module, acting: Acting, mask_argument: str) -
 
 
 def before_rotary(rotary: nn.Module, length: Callable[[], int]) -> RemovableHandle:
-    """Let the text's positions begin after the prefix."""
+    """Shift the text's positions by the length of the prefix."""
 
     def adapt(_layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if "position_ids" in named:
@@ -92,7 +92,7 @@ def before_rotary(rotary: nn.Module, length: Callable[[], int]) -> RemovableHand
 
 
 def prefix_length(acts: Sequence[Act]) -> int:
-    """Return how many positions a prefix takes; 0 without one."""
+    """Return the length of the prefix; 0 without one."""
     return next((act.kind.length for act in acts if isinstance(act.kind, Prefix)), 0)
 
 

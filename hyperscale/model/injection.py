@@ -1,4 +1,4 @@
-"""Adapters act through hooks on the sites' layers; the backbone itself is never changed."""
+"""Hooks on the sites' layers apply the adapters. The backbone itself never changes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +23,7 @@ from hyperscale.model.weights import cast
 class _Active:
     source: Source
     slots: Tensor | None
-    """[B] index into the weights' task dimension, or None where all samples are of the one task in it."""
+    """[B] index into the weights' task dimension, or None if all samples have the same task."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Place:
 
 
 class Injection:
-    """The hooks of one backbone. Without active weights they return at once and the backbone is untouched."""
+    """The hooks of one backbone. Without active weights they do nothing."""
 
     def __init__(self, backbone: nn.Module, site_map: SiteMap, kinds: Sequence[AdapterKind]) -> None:
         self._active: _Active | None = None
@@ -61,11 +61,11 @@ class Injection:
 
     @contextmanager
     def active(self, source: Source, slots: Tensor | None) -> Iterator[None]:
-        """Adapt forwards inside the `with`, and backwards too, since activation checkpointing runs blocks again there.
+        """Adapt forwards inside the `with`; backwards too, because activation checkpointing runs blocks again there.
 
         Args:
-            source: of the weights of K tasks.
-            slots: [B] int64, which of the K tasks each sample is of; None where there is one.
+            source: the weights of K tasks, by site.
+            slots: [B] int64, the index of each sample's task among the K; None if all samples have the same task.
         """
         before = self._active
         self._active = _Active(source, slots)
@@ -75,12 +75,12 @@ class Injection:
             self._active = before
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch alone, until the `with` of `active` ends; does nothing outside of it."""
+        """Continue with only these rows of the batch until the `with` of `active` ends; outside of it, do nothing."""
         if self._active and self._active.slots is not None:
             self._active = replace(self._active, slots=self._active.slots[rows])
 
     def remove(self) -> None:
-        """Take the hooks off the backbone."""
+        """Remove the hooks from the backbone."""
         for handle in self._handles:
             handle.remove()
 
@@ -137,10 +137,10 @@ def _hook(way: str, layer: nn.Module, acting: hooks.Acting, architecture: Archit
 
 
 def _select(active: _Active, place: _Place) -> Mapping[str, Tensor]:
-    """Return the site's weights: each sample's own [B, …], or one set without that dimension where there is only one.
+    """Return the site's weights for each sample [B, …]; a single set is returned without that dimension.
 
-    These copies are what `bmm` keeps for the backward pass, at most B tasks' weights. Measured against them on CPUs:
-    one product over all K tasks with the others masked is slower in fp32, one product a task slower in both dtypes.
+    `bmm` keeps these copies for the backward pass: the weights of at most B tasks. Two alternatives were measured on
+    CPUs. One product over all K tasks with masks is slower in fp32; one product per task is slower in both dtypes.
     """
     group = active.source(place.group, place.index)
     slots = active.slots

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 _CHUNK_NUMEL = 4 * 1024 * 1024
-"""Logits that are fp32 at once: 16 MiB."""
+"""How many logits are in fp32 at a time: 16 MiB."""
 
 
 class CrossEntropy(torch.autograd.Function):
     """Exact cross-entropy [N] of logits [N, V], computed in fp32 over a few rows at a time.
 
-    PyTorch's own keeps `logits.float()` and its log-softmax: 12 bytes a logit beside the 2 of bf16. Here the logits as
-    they are and one number a row stay; the backward pass computes the softmax again, one pass over memory.
+    PyTorch's cross-entropy keeps `logits.float()` and its log-softmax: 12 bytes per logit on top of the 2 of bf16.
+    This one keeps the logits in their dtype and one number per row. The backward pass computes the softmax again, in
+    one pass over memory.
     """
 
     @staticmethod
@@ -37,7 +38,7 @@ class CrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         result = torch.empty_like(logits)
         for rows in _chunks(logits):
-            part = logits[rows].to(normalisers.dtype, copy=True)  # an fp32 cast alone would be the logits themselves
+            part = logits[rows].to(normalisers.dtype, copy=True)  # a cast of fp32 logits would not copy them
             part.sub_(normalisers[rows].unsqueeze(1)).exp_()
             if ctx.label_smoothing:
                 part.sub_(ctx.label_smoothing / logits.shape[1])

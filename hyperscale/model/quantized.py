@@ -1,7 +1,7 @@
-"""Frozen linear layers whose weights are stored as 8-bit integers, a scale for each output.
+"""Frozen linear layers whose weights are stored as 8-bit integers, with one scale per output.
 
-Weight-only, symmetric, to the nearest: q = round(W / s) with s = max |row| / 127, rounded up to a number that the
-backbone's dtype has. Then |W - s q| <= s / 2 whatever the dtype, and q, being small, is exact in bf16.
+Weight-only, symmetric, round to nearest: q = round(W / s), where s = max |row| / 127 is rounded up to a value of the
+backbone's dtype. Then |W - s q| <= s / 2 in every dtype, and q is exact in bf16 because it is small.
 """
 
 from typing import Any
@@ -20,14 +20,14 @@ _LARGEST = 127
 class Int8Linear(nn.Linear):
     """`s ⊙ (q x) + b` in place of `W x + b`; q is `weight`, int8 [out, in], s is `weight_scale`, [out].
 
-    Both are frozen parameters, so that ZeRO-3 shards and gathers them as any other. What the weight is cast to for a
-    product is gone after it: neither it nor the input is kept for the backward pass.
+    Both are frozen parameters, so ZeRO-3 shards and gathers them like any other. A product casts the weight and drops
+    the cast afterwards: the backward pass keeps neither it nor the input.
     """
 
     weight_scale: nn.Parameter
 
     def __init__(self, linear: nn.Linear, weight: Tensor, scale: Tensor) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would make a weight that can train
+        nn.Module.__init__(self)  # nn.Linear's own __init__ creates a trainable weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -70,7 +70,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_blocks(backbone: nn.Module, architecture: Architecture) -> None:
-    """Store the linear layers of all blocks as 8-bit integers, in place; on the meta device their shapes alone.
+    """Store the linear layers of all blocks as 8-bit integers, in place; on the meta device, only their shapes.
 
     Embeddings, norms and the head stay as they are.
     """

@@ -1,4 +1,4 @@
-"""Whole shapes of parameters: a sharded parameter's own tensor is empty while it is not gathered."""
+"""Whole shapes of parameters. A sharded parameter's own tensor is empty until it is gathered."""
 
 from typing import Any, cast
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def record_whole_shape(parameter: nn.Parameter, shape: torch.Size) -> None:
-    """Note the whole shape of a parameter that is about to be sharded."""
+    """Record the whole shape of a parameter before it is sharded."""
     cast(Any, parameter).whole_shape = shape
 
 

@@ -1,6 +1,6 @@
 """The site map: the ordered list of places in the backbone where adapters act.
 
-Heads take shapes from it, injection takes places, export takes names, and a checkpoint is refused when its map differs.
+Heads take their shapes from it, injection its places, and export its names. A checkpoint with another map is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,12 @@ class Site:
     layer: int
     """Number of the block; of a stack's final norm, how many blocks come before it."""
     position: str
-    """What is adapted in the block (`q`, `cross_v`, `attention`, `feed_forward`, `keys`)."""
+    """The adapted part of the block (`q`, `cross_v`, `attention`, `feed_forward`, `keys`)."""
     kind: str
     in_features: int
-    """Width of what goes into the layer."""
+    """Width of the layer's input."""
     out_features: int
-    """Width of what is adapted."""
+    """Width of the adapted tensor."""
 
     @property
     def group(self) -> str:
@@ -82,26 +82,26 @@ def find_sites(backbone: nn.Module, architecture: Architecture, kinds: Sequence[
     Raises:
         ConfigError: a target is unknown to the family, or this backbone has no such layer in any block.
     """
-    found: list[Site] = []
+    sites: list[Site] = []
     for stack in architecture.stacks:
         blocks = list(backbone.get_submodule(stack.blocks).children())
         for layer, block in enumerate(blocks):
             for kind in kinds:
-                found.extend(_sites_of_block(block, stack, layer, kind))
+                sites.extend(_sites_of_block(block, stack, layer, kind))
         for kind in kinds:
             for target in kind.targets:
                 if target == _FINAL and kind.acts_on(target) == "norms":
                     width = _norm_width(backbone.get_submodule(stack.final_norm))
-                    found.append(Site(stack.final_norm, stack.name, len(blocks), target, kind.name, width, width))
+                    sites.append(Site(stack.final_norm, stack.name, len(blocks), target, kind.name, width, width))
     for kind in kinds:
-        _check_targets(found, kind, architecture)
-    return SiteMap(tuple(found))
+        _check_targets(sites, kind, architecture)
+    return SiteMap(tuple(sites))
 
 
 _FINAL = "final"
-"""The norm that is in no block."""
+"""The norm that belongs to no block."""
 _CHOSEN: tuple[Place, ...] = ("projections", "sublayers", "inputs")
-"""Places whose targets a recipe names, so that a name that is not there is a mistake."""
+"""Places whose targets a recipe names. A target that is missing from the backbone is therefore an error."""
 
 
 def _paths(stack: Stack, place: Place) -> Mapping[str, str]:
@@ -132,7 +132,7 @@ def _sites_of_block(block: nn.Module, stack: Stack, layer: int, kind: AdapterKin
 
 
 def _sizes(present: Mapping[str, nn.Module], path: str, stack: Stack, place: Place) -> tuple[int, int]:
-    """Return the widths of a site: what goes in, and what is adapted."""
+    """Return the widths of a site's input and of the adapted tensor."""
     if place == "norms":
         width = _norm_width(present[path])
         return width, width
@@ -144,8 +144,8 @@ def _norm_width(norm: nn.Module) -> int:
     return whole_shape(norm.get_parameter("weight"))[0]
 
 
-def _check_targets(found: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
-    used = {site.position for site in found if site.kind == kind.name}
+def _check_targets(sites: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
+    used = {site.position for site in sites if site.kind == kind.name}
     missing = [target for target in kind.targets if target not in used and kind.acts_on(target) in _CHOSEN]
     if missing:
         place = kind.acts_on(missing[0])

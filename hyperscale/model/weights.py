@@ -1,4 +1,4 @@
-"""Generated weights: for every group of the site map, its named tensors [K, S, …], S being its sites in map order.
+"""Generated weights: group of the site map -> name -> tensor [K, S, …] of the group's S sites in map order.
 
 A group whose weights all tasks share has tensors [1, S, …], whatever K is.
 """
@@ -23,9 +23,9 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def as_leaves(weights: Weights) -> Weights:
-    """Return copies cut off from the generator's graph; they collect the gradients of several micro-batches in fp32.
+    """Return detached leaves that collect the gradients of several micro-batches in fp32.
 
-    Those that nothing trainable makes (norms while only new tasks are learnt) collect none.
+    Weights that depend on no trainable parameter (norms while only new tasks are trained) collect none.
     """
     return {
         key: {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in group.items()}
@@ -34,11 +34,11 @@ def as_leaves(weights: Weights) -> Weights:
 
 
 def backward(weights: Weights, leaves: Weights) -> None:
-    """Send the gradients that `leaves` collected through the generator that made `weights`."""
+    """Send the gradients that `leaves` collected back through the generator of `weights`."""
     pairs = [
-        (made, leaf.grad)
-        for made, leaf in zip(tensors_of(weights), tensors_of(leaves), strict=True)
+        (generated, leaf.grad)
+        for generated, leaf in zip(tensors_of(weights), tensors_of(leaves), strict=True)
         if leaf.grad is not None
     ]
     if pairs:
-        torch.autograd.backward([made for made, _ in pairs], [grad for _, grad in pairs])
+        torch.autograd.backward([generated for generated, _ in pairs], [grad for _, grad in pairs])

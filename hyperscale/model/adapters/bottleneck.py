@@ -21,12 +21,12 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _NORM_EPS = 1e-5
-"""PyTorch's default, which HyperFormer's code leaves as it is."""
+"""PyTorch's default, which HyperFormer's code uses."""
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Two small dense layers on a sub-layer's output; U and b_u start at 0, or γ and β do where there is a norm."""
+    """Two small dense layers on a sub-layer's output. U and b_u start at 0; with a layer norm, γ and β do."""
 
     settings: BottleneckSettings
     name = "bottleneck"
@@ -42,7 +42,7 @@ class Bottleneck:
     def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
         """D [R, out], b_d [R], U [out, R], b_u [out], γ [out], β [out]; `out` is the width of the sub-layer's output.
 
-        With U and γ both at 0 neither would ever get a gradient, so beside a norm U starts as D does.
+        If U and γ both started at 0, neither would ever get a gradient. With a layer norm, U therefore starts like D.
         """
         width = max(1, out_features // self.settings.reduction)
         dense = {

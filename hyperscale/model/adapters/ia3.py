@@ -10,12 +10,12 @@ from hyperscale.model.adapters.kinds import Place, TensorSpec
 from hyperscale.model.adapters.linear import sample_vector
 
 INNER = "feed_forward"
-"""The target that means what goes into the feed-forward's last projection; any other is a projection's output."""
+"""The target for the input of the feed-forward's last projection; every other target is a projection's output."""
 
 
 @dataclass(frozen=True)
 class Ia3:
-    """One scale for every feature; δ starts at 0."""
+    """One scale per feature; δ starts at 0."""
 
     settings: Ia3Settings
     name = "ia3"

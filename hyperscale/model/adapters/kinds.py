@@ -1,4 +1,4 @@
-"""What an adapter kind is: a pure function of what passes a site and of the site's generated weights.
+"""The interface of an adapter kind: a pure function of a site's activations and its generated weights.
 
 Legend for shapes: B batch, T tokens, K tasks, S sites, R rank or bottleneck width, P prefix length.
 """
@@ -11,11 +11,11 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 Place = Literal["projections", "sublayers", "inputs", "norms", "keys", "values"]
-"""Where in a block a target is looked up, and what is adapted there: a linear layer's output, that of a sub-layer's
-last linear layer, what goes into that layer, a layer norm's output, or the keys or the values of a self-attention."""
+"""The part of a block where a target is looked up, and what is adapted there: a linear layer's output, the output or
+the input of a sub-layer's last linear layer, a layer norm's output, or the keys or values of a self-attention."""
 
 Start = Literal["zero", "normal", "adapter", "adapter_bias", "lora_a", "lora_b"]
-"""How a tensor begins; generators/starts.py says what each means for stored and for generated tensors."""
+"""Initial values of a tensor; generators/starts.py defines each for stored and for generated tensors."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class TensorSpec:
     start: Start
     """`zero`: exactly 0 before the first step; `normal`: N(0, 1 / fan_in); the others are published starts."""
     published: Start | None = None
-    """The start of `adaptation.init: paper`, where it is another."""
+    """The start with `adaptation.init: paper`, if it differs."""
     scale: float = 1.0
-    """Constant factor on what is learned, applied by the generator, so that `apply` and exported files need none."""
+    """Constant factor that the generator applies, so that `apply` and exported files need none."""
 
     def scaled(self, learned: Tensor) -> Tensor:
-        """Return what the adapter gets; a factor of 1 costs no pass over what may be gigabytes."""
+        """Return the scaled tensor; a factor of 1 skips a pass over what may be gigabytes."""
         return learned if self.scale == 1.0 else learned * self.scale
 
     @property
@@ -55,11 +55,11 @@ class AdapterKind(Protocol):
 
     @property
     def is_generated(self) -> bool:
-        """Whether the generator makes its weights, rather than keeping them as parameters beside it."""
+        """Whether the generator computes its weights; otherwise they are stored parameters."""
         ...
 
     def acts_on(self, target: str) -> Place:
-        """Return which places of the architecture table `target` is one of."""
+        """Return the kind of place that `target` is in the architecture table."""
         ...
 
     def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
@@ -67,13 +67,13 @@ class AdapterKind(Protocol):
         ...
 
     def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return what takes the place of `y` at a site.
+        """Return the tensor that replaces `y` at a site.
 
         Args:
-            x: what goes into the layer, [B, T, in_features]; for a norm, what its weight multiplies.
-            y: what comes out of it, [B, T, out_features]; for inputs what goes in, for keys and values
-                [B, heads, T, width / heads]; `x` is then the same tensor.
-            weights: per name of `tensors` either one task's tensor for the whole batch (the spec's shape) or one per
-                sample (with a leading B).
+            x: the layer's input [B, T, in_features]; for a norm, the normalised input that its weight multiplies.
+            y: the layer's output [B, T, out_features]. For inputs it is the input, and for keys and values
+                [B, heads, T, width / heads]; in these cases `x` is the same tensor.
+            weights: for each name of `tensors`, either one task's tensor for the whole batch (the spec's shape) or one
+                tensor per sample (with a leading B).
         """
         ...

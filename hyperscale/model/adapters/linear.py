@@ -1,4 +1,4 @@
-"""Linear maps and vectors that are one for the batch or one per sample."""
+"""Linear maps and vectors, either one for the batch or one per sample."""
 
 import torch
 from torch import Tensor
@@ -20,5 +20,5 @@ def sample_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def sample_vector(vector: Tensor) -> Tensor:
-    """Return [out] as it is and [B, out] as [B, 1, out], to meet tokens [B, T, out]."""
+    """Return [out] unchanged and [B, out] as [B, 1, out], which broadcasts over tokens [B, T, out]."""
     return vector if vector.dim() == 1 else vector.unsqueeze(1)

@@ -1,6 +1,6 @@
-"""Trained layer norms of a frozen backbone: `(w + δ) ⊙ n` is computed as `y + δ ⊙ n`, n the normalised input.
+"""Trained layer norms of a frozen backbone: `(w + δ) ⊙ n` is computed as `y + δ ⊙ n`; n is the normalised input.
 
-The norm's own weight is never touched: it is frozen, and under ZeRO-3 an empty shard between uses.
+The norm's own weight never changes: it is frozen, and under ZeRO-3 its tensor is empty between uses.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from hyperscale.model.adapters.linear import sample_vector
 
 @dataclass(frozen=True)
 class NormDelta:
-    """One difference for every weight of every norm, 0 at the start."""
+    """One difference for each weight of each norm; it starts at 0."""
 
     settings: NormDeltaSettings
     name = "norm_delta"
@@ -35,9 +35,9 @@ class NormDelta:
 
 
 def rms_normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Return what an RMS norm multiplies by its weight, [.., D]: computed in fp32, then rounded to the weight's dtype.
+    """Return the normalised input [.., D] of an RMS norm: computed in fp32, then rounded to the weight's dtype.
 
-    LLaMA and T5 norms both do it so, and the product with their weight is bit for bit their output.
+    LLaMA's and T5's norms both compute it this way. Its product with their weight equals their output bit for bit.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

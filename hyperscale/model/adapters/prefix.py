@@ -1,7 +1,7 @@
-"""Prefix tuning (arXiv 2101.00190): keys and values that stand before those of the text, in every self-attention.
+"""Prefix tuning (arXiv 2101.00190): keys and values before those of the text in every self-attention.
 
-The prefix takes the positions 0 to P - 1 and the text those after it, in both families: LLaMA's rotation of the text
-begins at P (the prefix's own keys are used as they are, as PEFT does), T5's relative bias counts from the prefix.
+The prefix has the positions 0 to P - 1, and the text starts at P, in both families. LLaMA rotates the text from
+position P on (the prefix's keys are not rotated, as in PEFT). T5's relative bias counts the prefix's positions.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from hyperscale.config.adaptation import PrefixSettings
 from hyperscale.model.adapters.kinds import Place, TensorSpec
 
 _SCALE = 10.0
-"""Factor on what is learned, so that a prefix takes the rates of the other kinds. Measured without it on SmolLM2-135M,
-25 steps from a loss of 8.6: stored rows reach 6.9 at a rate of 3e-3, 2.9 at 1e-2 and 1.0 at 3e-2."""
+"""Factor on the rows, so that a prefix trains at the learning rates of the other kinds. Measured without it on
+SmolLM2-135M, 25 steps from a loss of 8.6: stored rows reach 6.9 at a rate of 3e-3, 2.9 at 1e-2 and 1.0 at 3e-2."""
 
 
 @dataclass(frozen=True)
 class Prefix:
     """P positions for the keys and for the values of a self-attention.
 
-    There is no start without effect: whatever the values are, attention that goes to the prefix is taken from the
-    text. Rows of norm near 1 are small beside a pretrained model's keys, and unlike, so that they learn apart.
+    No start leaves the model unchanged: attention to the prefix is always taken from the text. Rows with a norm near 1
+    are small compared with a pretrained model's keys, and they differ from each other, so they learn different things.
     """
 
     settings: PrefixSettings
@@ -41,7 +41,7 @@ class Prefix:
         return "keys" if target == "keys" else "values"
 
     def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
-        """Rows [P, out], `out` being the width of all key and value heads together."""
+        """Rows [P, out]; `out` is the width of all key (or value) heads together."""
         return {"rows": TensorSpec((self.settings.length, out_features), "normal", scale=_SCALE)}
 
     def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -51,14 +51,14 @@ class Prefix:
 
 
 class PrefixedCache:
-    """Stands in a cache's place for one attention layer: what it returns has the prefix in front.
+    """Wraps the cache of one attention layer and prepends the prefix to the keys and values that it returns.
 
-    The cache itself never holds the prefix, which is put there anew at every token, so that it may differ by sample
-    and its gradient is not kept between calls.
+    The cache itself never holds the prefix. It is prepended again at every token, so it can differ by sample and no
+    graph is kept between calls.
     """
 
     def __init__(self, cache: Any, length: int, adapt: Mapping[Place, Any]) -> None:
-        """`cache`: the model's own, or None; `adapt`: for `keys` and `values`, a function of those of the text."""
+        """`cache`: the model's own, or None; `adapt`: functions for `keys` and `values` that prepend the prefix."""
         self._cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         self._length = length
         self._adapt = adapt
@@ -70,17 +70,17 @@ class PrefixedCache:
         return self._adapt["keys"](keys), self._adapt["values"](values)
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Return how many positions came before the new tokens, the prefix included; T5 places its bias by it."""
+        """Return how many positions come before the new tokens, including the prefix; T5 needs it for its bias."""
         stored = 0 if self._cache is None else int(self._cache.get_seq_length(layer))
         return stored + self._length
 
 
 def widened_mask(mask: Tensor | None, queries: Tensor, length: int, is_causal: bool) -> Tensor | None:
-    """Return an attention mask [B or 1, 1, T, P + keys] whose first P columns let everything through.
+    """Return an attention mask [B or 1, 1, T, P + keys] whose first P columns are visible to all queries.
 
     Args:
-        mask: the model's, additive or boolean; None where it lets everything through, or where the attention kernel
-            would make a causal one itself, which it cannot with more keys than queries.
+        mask: the model's, additive or boolean. None if all is visible, or if the attention kernel would build a causal
+            mask itself; it cannot do that with more keys than queries, so one is built here.
         queries: hidden states [B, T, D], for length and dtype.
     """
     if mask is None:

@@ -1,4 +1,4 @@
-"""Adapter kinds by the name their settings carry."""
+"""Adapter kinds by the `kind` of their settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,10 +23,10 @@ ADAPTER_KINDS: Mapping[str, Callable[[Any], AdapterKind]] = {
 
 
 def build_kinds(settings: Sequence[AdapterSettings]) -> tuple[AdapterKind, ...]:
-    """Make the adapter kinds of a recipe, in the order in which they act where they meet.
+    """Build the adapter kinds of a recipe, in the order in which they act at a shared layer.
 
-    LoRA, inside, comes first; then what scales the projection; then what is put after it. Registered kinds come last,
-    by their names, so that the order does not depend on what is installed.
+    LoRA comes first because it changes the projection itself. Then come the kinds that scale the output, then those
+    that follow it. Registered kinds come last, sorted by name, so the order does not depend on what is installed.
 
     Raises:
         PluginError: a kind of a plug-in that cannot be imported, or that acts inside the attention.

@@ -1,4 +1,4 @@
-"""What a generator is: task ids in, the weights of every site out."""
+"""The interface of a generator: it takes task ids and returns the weights of every site."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,11 +13,11 @@ from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
 GroupSpecs = Mapping[str, Mapping[str, TensorSpec]]
-"""For every group of a site map, the tensors of each of its sites."""
+"""Group of a site map -> name -> spec of the tensor that each of the group's sites has."""
 
 
 class Generator(Protocol):
-    """The only thing that trains. An `nn.Module`, whole on every rank, in fp32."""
+    """The only part that trains: an `nn.Module` in fp32, replicated on every rank."""
 
     def __call__(self, task_index: Tensor) -> Weights:
         """Return fp32 weights of all sites for K task ids, int64 [K], in one batched call.
@@ -27,19 +27,19 @@ class Generator(Protocol):
         ...
 
     def site_by_site(self, task_index: Tensor) -> Generation:
-        """Return the same weights for a step that cannot hold them all at once.
+        """Return the same weights for a step that cannot hold all of them at once.
 
-        Generators whose parameters are larger than what they make have nothing to save, and make them at once.
+        A generator whose parameters are larger than the weights it generates saves nothing, and generates all at once.
         """
         ...
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the names of the tensors, trained or not, that hold a row for each task, and nothing else."""
+        """Return the names of the tensors, trained or not, that consist of one row for each task."""
         ...
 
 
 def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind], init: Literal["zero", "paper"] = "zero") -> GroupSpecs:
-    """List the tensors that a generator has to make, each with the start that `init` asks for."""
+    """List the tensors that a generator returns, each with the start that `init` selects."""
     by_name = {kind.name: kind for kind in kinds}
     return {
         group: {
@@ -51,34 +51,34 @@ def group_specs(site_map: SiteMap, kinds: Sequence[AdapterKind], init: Literal["
 
 
 def parameter_name(group: str, name: str) -> str:
-    """Return what the parameter is called that holds tensor `name` of all sites of a group."""
+    """Return the name of the parameter that holds tensor `name` of all sites of a group."""
     return f"{group}/{name}".replace("/", "__")
 
 
 def keep_known_tasks(generator: nn.Module, num_known: int) -> Mapping[str, int]:
-    """Leave only what belongs to the tasks from `num_known` on to be trained.
+    """Train only the parameters of the tasks from `num_known` on.
 
     Returns:
-        Parameter name -> how many of its first rows must not move.
+        Parameter name -> how many of its first rows must not change.
     """
-    of_tasks = _task_parameters(generator)
+    per_task = _task_parameters(generator)
     for name, parameter in generator.named_parameters():
-        parameter.requires_grad_(name in of_tasks)
+        parameter.requires_grad_(name in per_task)
     return {name: num_known for name, parameter in generator.named_parameters() if parameter.requires_grad}
 
 
 def with_new_tasks(generator: nn.Module, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a generator of more tasks: what `known` holds, and new rows as they are now.
+    """Return the state of a generator with more tasks: the tensors of `known`, and the generator's own new rows.
 
     Args:
-        generator: newly built for all tasks, those of `known` first.
-        known: state of a generator that differs in the number of tasks alone.
+        generator: newly built for all tasks; those of `known` come first.
+        known: state of a generator that differs only in the number of tasks.
     """
     state: dict[str, Tensor] = dict(generator.state_dict())
-    of_tasks = _task_parameters(generator)
-    for name in of_tasks:
+    per_task = _task_parameters(generator)
+    for name in per_task:
         state[name] = torch.cat([known[name], state[name][len(known[name]) :].cpu()])
-    return {name: state[name] if name in of_tasks else known[name] for name in state}
+    return {name: state[name] if name in per_task else known[name] for name in state}
 
 
 def _task_parameters(generator: nn.Module) -> tuple[str, ...]:

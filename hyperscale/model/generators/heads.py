@@ -52,8 +52,9 @@ class SiteHeads(nn.Module):
 class Heads(nn.Module):
     """The heads of one stack.
 
-    Tensors of one kind, name and shape share one (HyperLoader, arXiv 2407.01411), or share it only within a position.
-    Biases are the heads' own, or every site's: then heads make what tasks add to an adapter that they all have.
+    Tensors of one kind, name and shape share a head (HyperLoader, arXiv 2407.01411), or share it only within a
+    position. A bias belongs to a head or to a site. A site's bias is an adapter that all tasks share; the heads then
+    generate what each task adds to it.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Heads(nn.Module):
         }
 
     def _add_heads(self, code_dim: int, kind: str, position: str, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-        """Make the heads that are new, and return the key of each tensor's head."""
+        """Create the heads that do not exist yet, and return the key of each tensor's head."""
         keys = {}
         for name, spec in specs.items():
             shape = "x".join(map(str, spec.shape))
@@ -101,7 +102,7 @@ class Heads(nn.Module):
             self.site_biases[parameter_name(group, name)] = bias
 
     def _add_order(self, group: str) -> None:
-        """Keep the way from map order to the order of the parts, and back."""
+        """Store the permutation from map order to the order of the parts, and its inverse."""
         order = site_rows([row for part in self._parts[group] for row in part.rows])
         number = self._numbers[group]
         self.register_buffer(f"_order_{number}", order, persistent=False)
@@ -117,25 +118,25 @@ class Heads(nn.Module):
             return {name: self.heads[key](codes) for name, key in parts[0].keys.items()}
         ordered = codes.index_select(1, self.get_buffer(f"_order_{number}"))
         codes_of = ordered.split([len(part.rows) for part in parts], dim=1)
-        made = {
+        products = {
             name: torch.cat(
                 [self.heads[part.keys[name]](of_part) for part, of_part in zip(parts, codes_of, strict=True)], dim=1
             )
             for name in parts[0].keys
         }
-        return {name: tensor.index_select(1, self.get_buffer(f"_back_{number}")) for name, tensor in made.items()}
+        return {name: tensor.index_select(1, self.get_buffer(f"_back_{number}")) for name, tensor in products.items()}
 
     def site(self, group: str, index: int, codes: Tensor) -> Mapping[str, Tensor]:
         """Return the tensors [K, …] of one site from its codes [K, E]."""
-        made = {name: self.heads[key](codes) for name, key in self._keys[group, index].items()}
-        return self._with_biases(group, index, made)
+        products = {name: self.heads[key](codes) for name, key in self._keys[group, index].items()}
+        return self._with_biases(group, index, products)
 
-    def _with_biases(self, group: str, sites: int | slice, made: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _with_biases(self, group: str, sites: int | slice, products: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not self.site_biases:
-            return made
+            return products
         return {
             name: tensor + self._specs[group][name].scaled(self.site_biases[parameter_name(group, name)][sites])
-            for name, tensor in made.items()
+            for name, tensor in products.items()
         }
 
 
@@ -144,13 +145,13 @@ class _Part:
     """Sites of a group that share heads."""
 
     rows: list[int]
-    """Their places in the group."""
+    """Their indices in the group."""
     keys: Mapping[str, str]
     """Tensor name -> the key of its head."""
 
 
 def _by_position(sites: Sequence[Site], by: Literal["shape", "position"]) -> dict[str, list[int]]:
-    """Return the places of the sites of each position, or of all under an empty name."""
+    """Return the sites' indices by position, or all of them under an empty name."""
     rows: dict[str, list[int]] = {}
     for row, site in enumerate(sites):
         rows.setdefault(site.position if by == "position" else "", []).append(row)
@@ -158,5 +159,5 @@ def _by_position(sites: Sequence[Site], by: Literal["shape", "position"]) -> dic
 
 
 def site_rows(indices: list[int]) -> Tensor:
-    """Return site indices as an int64 tensor to be kept as a buffer."""
+    """Return site indices as an int64 tensor for a buffer."""
     return torch.tensor(indices, dtype=torch.int64)

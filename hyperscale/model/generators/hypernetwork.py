@@ -55,8 +55,8 @@ class Trunk(nn.Module):
 class StackGenerator(nn.Module):
     """Trunk and heads for the sites of one stack, or of all stacks together.
 
-    A position has the same number in every stack, as in HyperLoader: the encoder's table has rows that only the
-    decoder's cross-attention would use.
+    A position has the same number in every stack, as in HyperLoader. So the encoder's table also has rows for the
+    decoder's cross-attention, which it never uses.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class Hypernetwork(nn.Module):
     def _site(self, group: str, index: int, codes: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         name = self._stack_of[group]
         stack: Any = self.stacks[name]
-        made: Mapping[str, Tensor] = stack.site(group, index, codes[name])
-        return made
+        tensors: Mapping[str, Tensor] = stack.site(group, index, codes[name])
+        return tensors
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the name of what the task encoder keeps of each task."""
+        """Return the name of the task encoder's tensor with a row for each task."""
         return (f"task_encoder.{self.task_encoder.rows}",)
 
 

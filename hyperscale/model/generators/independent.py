@@ -1,4 +1,4 @@
-"""Weights that are parameters: one set for each task (Houlsby et al.) or one set for all."""
+"""Adapter weights stored as parameters: one set for each task (Houlsby et al.) or one set for all."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from hyperscale.model.weights import Weights
 
 
 class WeightTable(nn.Module):
-    """Stored weights of all sites in `num_sets` rows; tensors [num_sets, S, …] as they would be generated."""
+    """Stored weights of all sites: `num_sets` rows, with the same shapes [num_sets, S, …] as generated weights."""
 
     def __init__(self, site_map: SiteMap, specs: GroupSpecs, num_sets: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Independent(nn.Module):
         return self.table.rows(task_index)
 
     def site_by_site(self, task_index: Tensor) -> Generation:
-        """Return copies of rows, no larger than what is stored."""
+        """Return all weights at once: copies of rows, no larger than the parameters."""
         return EagerGeneration(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
@@ -70,19 +70,19 @@ class Shared(nn.Module):
         return self.table.rows(task_index.new_zeros(1))
 
     def site_by_site(self, task_index: Tensor) -> Generation:
-        """Return copies of what is stored."""
+        """Return all weights at once: a copy of the parameters."""
         return EagerGeneration(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return nothing: no parameter belongs to one task."""
+        """Return no name: no parameter belongs to one task."""
         return ()
 
 
 class WithStoredWeights(nn.Module):
-    """A generator, and beside it the weights of kinds that no generator makes."""
+    """A generator, and stored weights for the adapter kinds that are not generated."""
 
     def __init__(self, generated: Any, kept: Any) -> None:
-        """`generated`: a generator, or None where there is nothing to generate; `kept`: another, of the rest."""
+        """`generated`: a generator, or None if no site is generated; `kept`: the stored weights of the other sites."""
         super().__init__()
         self.generated = generated
         self.kept = kept
@@ -94,7 +94,7 @@ class WithStoredWeights(nn.Module):
         return {**generated, **kept}
 
     def site_by_site(self, task_index: Tensor) -> Generation:
-        """Return what is generated site by site, and beside it what is kept."""
+        """Return the generated weights site by site, and the stored ones at once."""
         kept: Weights = self.kept(task_index)
         return (
             EagerGeneration(kept)
@@ -104,7 +104,7 @@ class WithStoredWeights(nn.Module):
 
     @property
     def task_encoder(self) -> nn.Module | None:
-        """What makes the generator's task codes, if it has any."""
+        """The generator's task encoder, if it has one."""
         return getattr(self.generated, "task_encoder", None)
 
     def task_parameters(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from hyperscale.model.weights import Weights
 
 
 class PerLayer(nn.Module):
-    """task code -> Linear -> ReLU -> Linear: one code a task for all sites; every site has heads of its own."""
+    """task code -> Linear -> ReLU -> Linear: one code per task for all sites; every site has its own heads."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class PerLayer(nn.Module):
         }
 
     def site_by_site(self, task_index: Tensor) -> Generation:
-        """Return all at once: every site's heads are larger than what they make, for up to `code_dim` tasks."""
+        """Return all weights at once: for up to `code_dim` tasks, a site's heads are larger than its weights."""
         return EagerGeneration(self(task_index))
 
     def task_parameters(self) -> tuple[str, ...]:
-        """Return the name of what the task encoder keeps of each task."""
+        """Return the name of the task encoder's tensor with a row for each task."""
         return (f"task_encoder.{self.task_encoder.rows}",)

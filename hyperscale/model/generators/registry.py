@@ -1,4 +1,4 @@
-"""Generators by the name their settings carry."""
+"""Generators by the `kind` of their settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from hyperscale.model.task_encoders.registry import TaskEncoder, build_task_enco
 
 @dataclass(frozen=True)
 class GeneratorSpec:
-    """What a generator is made for."""
+    """What a generator is built from."""
 
     settings: AdaptationSettings
     site_map: SiteMap
@@ -32,22 +32,22 @@ class GeneratorSpec:
         return build_task_encoder(self.settings.task_encoder, self.num_tasks, self.task_features)
 
 
-def _hypernetwork(ask: GeneratorSpec) -> nn.Module:
-    settings: Any = ask.settings.generator
-    return Hypernetwork(settings, ask.task_encoder(), ask.site_map, ask.specs, ask.settings.init)
+def _hypernetwork(spec: GeneratorSpec) -> nn.Module:
+    settings: Any = spec.settings.generator
+    return Hypernetwork(settings, spec.task_encoder(), spec.site_map, spec.specs, spec.settings.init)
 
 
-def _per_layer(ask: GeneratorSpec) -> nn.Module:
-    settings: Any = ask.settings.generator
-    return PerLayer(settings, ask.task_encoder(), ask.site_map, ask.specs, ask.settings.init)
+def _per_layer(spec: GeneratorSpec) -> nn.Module:
+    settings: Any = spec.settings.generator
+    return PerLayer(settings, spec.task_encoder(), spec.site_map, spec.specs, spec.settings.init)
 
 
-def _independent(ask: GeneratorSpec) -> nn.Module:
-    return Independent(ask.site_map, ask.specs, ask.num_tasks)
+def _independent(spec: GeneratorSpec) -> nn.Module:
+    return Independent(spec.site_map, spec.specs, spec.num_tasks)
 
 
-def _shared(ask: GeneratorSpec) -> nn.Module:
-    return Shared(ask.site_map, ask.specs)
+def _shared(spec: GeneratorSpec) -> nn.Module:
+    return Shared(spec.site_map, spec.specs)
 
 
 GENERATORS: Mapping[str, Callable[[GeneratorSpec], nn.Module]] = {
@@ -66,29 +66,30 @@ def build_generator(
     seed: int,
     task_features: Tensor | None = None,
 ) -> nn.Module:
-    """Make the generator of a recipe: the same parameters for the same seed, on every rank and machine.
+    """Build the generator of a recipe. The same seed gives the same parameters on every rank and machine.
 
     Args:
-        task_features: for `task_encoder.kind: text` only, see `build_task_encoder`; `stored_features` finds those of a
-            checkpoint.
+        task_features: for `task_encoder.kind: text` only, see `build_task_encoder`. `stored_features` reads those of
+            a checkpoint.
 
     Returns:
         An fp32 module on the CPU that fulfils `Generator`.
     """
     specs = group_specs(site_map, kinds, settings.init)
-    generated = {kind.name for kind in kinds if kind.is_generated}
-    made = site_map.where(lambda site: site.kind in generated)
-    kept = site_map.where(lambda site: site.kind not in generated)
+    generated_kinds = {kind.name for kind in kinds if kind.is_generated}
+    generated_sites = site_map.where(lambda site: site.kind in generated_kinds)
+    stored_sites = site_map.where(lambda site: site.kind not in generated_kinds)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        ask = GeneratorSpec(settings, made, specs, num_tasks, task_features)
+        spec = GeneratorSpec(settings, generated_sites, specs, num_tasks, task_features)
         kind = settings.generator.kind
         build = GENERATORS[kind] if kind in GENERATORS else generator_implementation(kind)
-        generator = build(ask) if made.sites else None
-        if generator is not None and not kept.sites:
+        generator = build(spec) if generated_sites.sites else None
+        if generator is not None and not stored_sites.sites:
             return generator
-        beside = Independent(kept, specs, num_tasks) if _norms_per_task(settings) else Shared(kept, specs)
-        return WithStoredWeights(generator, beside)
+        per_task = _norms_per_task(settings)
+        stored = Independent(stored_sites, specs, num_tasks) if per_task else Shared(stored_sites, specs)
+        return WithStoredWeights(generator, stored)
 
 
 def stored_features(tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -98,5 +99,5 @@ def stored_features(tensors: Mapping[str, Tensor]) -> Tensor | None:
 
 def _norms_per_task(settings: AdaptationSettings) -> bool:
     """Return whether every task has its own layer norms."""
-    asked = next((one.per_task for one in settings.adapters if isinstance(one, NormDeltaSettings)), None)
-    return not settings.generator.shares_parameters if asked is None else asked
+    per_task = next((one.per_task for one in settings.adapters if isinstance(one, NormDeltaSettings)), None)
+    return not settings.generator.shares_parameters if per_task is None else per_task

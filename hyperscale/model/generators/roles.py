@@ -1,4 +1,4 @@
-"""Which part a generator's parameters play: making codes, making weights from them, or being weights."""
+"""The role of a generator's parameters: they compute codes, turn codes into weights, or are stored weights."""
 
 from torch import nn
 
@@ -16,9 +16,9 @@ def head_weights(generator: nn.Module) -> frozenset[str]:
 
 
 def code_parameters(generator: nn.Module) -> frozenset[str]:
-    """Return the names of all that makes codes: task encoder, layer and position embeddings, trunks.
+    """Return the names of the parameters that compute codes: task encoder, layer and position embeddings, trunks.
 
-    They are what is left without heads, their biases and stored weights; `independent` and `shared` have none.
+    These are all but heads, their biases and stored weights. `independent` and `shared` have none.
     """
     others = (
         f"{name}.{parameter}"

@@ -1,4 +1,4 @@
-"""Task encoders by the name their settings carry."""
+"""Task encoders by the `kind` of their settings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from hyperscale.model.task_encoders.table import TaskTable
 from hyperscale.model.task_encoders.text import TaskText, check_features
 
 TaskEncoder = TaskTable | TaskText
-"""A module that makes codes [K, `dim`] of task ids [K]."""
+"""A module that maps task ids [K] to codes [K, `dim`]."""
 
 
 def _table(settings: Any, num_tasks: int, _features: Tensor | None) -> TaskEncoder:
@@ -26,18 +26,18 @@ TASK_ENCODERS: Mapping[str, Callable[[Any, int, Tensor | None], TaskEncoder]] = 
 
 
 def build_task_encoder(settings: TaskEncoderSettings, num_tasks: int, features: Tensor | None = None) -> TaskEncoder:
-    """Make the task encoder of a recipe.
+    """Build the task encoder of a recipe.
 
     Args:
-        features: [K, D] in fp32 for `text`: one row a task, such as the mean of the backbone's last hidden states over
-            its description.
+        features: [K, D] in fp32 for `text`: one row per task, such as the mean of the backbone's last hidden states
+            over its description.
 
     Raises:
-        ConfigError: `text` without features, or with as many as there are not tasks.
+        ConfigError: `text` has no features, or their number is not the number of tasks.
     """
     return TASK_ENCODERS[settings.kind](settings, num_tasks, features)
 
 
 def blank_features(settings: AdaptationSettings, num_tasks: int, width: int) -> Tensor | None:
-    """Return features [K, D] that say nothing, where only their size counts and a generator asks for any."""
+    """Return features [K, D] of zeros if the generator needs features and only their size matters, else None."""
     return torch.zeros(num_tasks, width) if settings.reads_descriptions else None

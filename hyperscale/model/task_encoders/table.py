@@ -6,7 +6,7 @@ from hyperscale.config.adaptation import TaskTableSettings
 
 
 class TaskTable(nn.Module):
-    """Task embeddings, N(0, 1) at the start as in HyperFormer (arXiv 2106.04489)."""
+    """Task embeddings, initialised from N(0, 1) as in HyperFormer (arXiv 2106.04489)."""
 
     rows = "embedding.weight"
     """Name of the tensor with a row for each task."""

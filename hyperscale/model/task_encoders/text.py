@@ -1,4 +1,4 @@
-"""Task codes from the tasks' written descriptions, so that a task that was never trained has a code too."""
+"""Task codes from the tasks' written descriptions, so that an untrained task has a code too."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,11 @@ from hyperscale.errors import ConfigError
 
 
 class TaskText(nn.Module):
-    """A trained projection of fixed features, one row a task (as in Text-to-LoRA, arXiv 2506.06105).
+    """A trained projection of fixed features, one row per task (as in Text-to-LoRA, arXiv 2506.06105).
 
-    Features are pooled hidden states of the descriptions. Those of different texts point much the same way, so what
-    they have in common is taken off: codes begin as far apart as those of a table, near N(0, 1). Features, their centre
-    and their spread are part of the generator's state: a checkpoint needs no backbone to make its tasks' codes.
+    Features are pooled hidden states of the descriptions. Those of different texts point in nearly the same direction,
+    so their mean is subtracted. Codes then start as far apart as those of a table, near N(0, 1). The features, their
+    mean and their spread are part of the generator's state, so a checkpoint computes codes without the backbone.
     """
 
     rows = "features"
@@ -39,9 +39,9 @@ class TaskText(nn.Module):
         return codes
 
     def append(self, features: Tensor) -> Tensor:
-        """Take up tasks that were not trained, features [N, D]; returns their task ids [N].
+        """Add untrained tasks by their features [N, D]; return their task ids [N].
 
-        Centre and spread stay those of the trained tasks, so that their codes do not move.
+        The centre and spread of the trained tasks stay, so their codes do not change.
         """
         first = len(self.features)
         self.features = torch.cat([self.features, features.to(self.features)])
@@ -49,7 +49,7 @@ class TaskText(nn.Module):
 
 
 def check_features(features: Tensor | None, num_tasks: int) -> Tensor:
-    """Return the features as given; refuse none, or as many as there are not tasks."""
+    """Return the features; raise ConfigError if there are none, or not one row per task."""
     if features is None:
         raise ConfigError(
             "adaptation.task_encoder.kind 'text' needs features of the tasks' descriptions, and there are none; "
