@@ -124,7 +124,7 @@ CASES = {
     "missing data file": (["data.tasks=[gone.yaml]"], ["gone.jsonl: no such file"]),
     "missing task file": (["data.tasks=[none.yaml]"], ["task file", "none.yaml' does not exist"]),
     "unknown task": (["data.tasks=[tweet]"], ["unknown task 'tweet'. Did you mean 'tweets'?", "Known: american"]),
-    "unknown key in a task": (["data.tasks=[typo.yaml]"], ["typo.yaml: inptu: unknown key", "Did you mean 'input'?"]),
+    "unknown key in a task": (["data.tasks=[typo.yaml]"], ["typo.yaml:1: inptu: unknown key", "Did you mean 'input'?"]),
     "unset variable": (["data.tasks=[unset.yaml]"], ["HYPERSCALE_NO_SUCH_VARIABLE", "'unset'", "is not set"]),
     "malformed JSONL": (["data.tasks=[malformed.yaml]"], ["malformed.jsonl:21: not valid JSON"]),
     "ragged CSV": (["data.tasks=[ragged.yaml]"], ["ragged.csv:3: 1 fields where the header has 2: text, label"]),
@@ -202,9 +202,13 @@ def test_all_problems_of_a_recipe_are_reported_at_once(place: Path, capsys: pyte
 
 def test_a_mistake_of_the_file_is_not_blamed_on_an_override(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     misspelt = place / "misspelt.yaml"
-    misspelt.write_text((place / "recipe.yaml").read_text() + "trainign: {}\n")
+    written = (place / "recipe.yaml").read_text()
+    misspelt.write_text(written + "trainign: {}\n")
     outcome = run(capsys, "validate", "misspelt.yaml", "training.steps=4")
-    is_refused(outcome, f"{misspelt}: trainign: unknown key (value {{}}). Did you mean 'training'?")
+    is_refused(
+        outcome,
+        f"{misspelt}:{written.count(chr(10)) + 1}: trainign: unknown key (value {{}}). Did you mean 'training'?",
+    )
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,10 @@ def rate_of(row: dict[str, float]) -> str:
         ({"learning_rates": [0.1, 0]}, "learning_rates[1]: 0 is not allowed: must be greater than 0"),
         ({"seeds": [1, -1]}, "seeds[1]: -1 is not allowed: must be greater than or equal to 0"),
         ({"learning_rates": [0.1, 0.1]}, "learning_rates lists a value more than once"),
-        ({"learning_rate": 1}, "learning_rate: unknown key (value 1). Did you mean 'learning_rates'?"),
+        (
+            {"learning_rate": 1},
+            "comparison.yaml:23: learning_rate: unknown key (value 1). Did you mean 'learning_rates'?",
+        ),
         ({"settings": {"training.stpes": 4}}, "training.stpes: unknown key (value 4). Did you mean 'steps'?"),
         (
             {"methods": COMPARISON["methods"] | {"shared": {"settings": {"training.loss": "sqare_mean"}}}},

@@ -1,6 +1,7 @@
 """Recipes: read, overridden and checked as a whole; every problem is one line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def problems(path: str, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
+def without_line(problem: str, path: str) -> str:
+    return re.sub(rf"^{re.escape(path)}:\d+: ", "", problem)
+
+
 def test_every_packaged_recipe_is_right():
     assert "demo" in packaged_recipes()
     for name, path in packaged_recipes().items():
@@ -91,7 +96,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path):
     )
     sections, training = ", ".join(Recipe.model_fields), ", ".join(TrainingSettings.model_fields)
     generator = "one of hypernetwork, per_layer, independent, shared. Did you mean 'independent'?"
-    assert [line.removeprefix(f"{path}: ") for line in problems(path)] == [
+    assert [without_line(line, path) for line in problems(path)] == [
         "name: 'two words' is not allowed: must be text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$",
         f"adaptation.generator.kind: 'independents' is not allowed: must be {generator}",
         "adaptation.adapters[0].rnak: unknown key (value 3). Did you mean 'rank'? Known: kind, rank, alpha, targets",
@@ -104,9 +109,61 @@ def test_every_problem_is_reported_at_once(tmp_path: Path):
         f"trainings: unknown key (value {{'steps': 3}}). Did you mean 'training'? Known: {sections}",
     ]
     missing = problems(write(tmp_path, training={}, backbone={}))
-    assert [line.removeprefix(f"{path}: ") for line in missing] == [
+    assert [without_line(line, path) for line in missing] == [
         "backbone.name: required, but missing",
         "training.steps: required, but missing",
+    ]
+
+
+MISTAKEN = """\
+name: bad
+output: runs/bad
+backbone: {}
+
+data:
+  tasks:
+    - movies
+    - 3
+training: &budget
+  # not a key
+  steps: many
+  stpes: 30
+adaptation:
+  adapters:
+    - kind: lora
+      rank: 4
+    - kind: lora
+      # no key either
+      rnk: 4
+tracking:
+  mlflow:
+    tags:
+      a.dotted.key: [1]
+engine:
+  <<: *budget
+"""
+
+
+def test_every_problem_has_its_line(tmp_path: Path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(MISTAKEN)
+    assert [line.split(": ")[:2] for line in problems(str(path))] == [
+        [f"{path}:3", "backbone.name"],
+        [f"{path}:19", "adaptation.adapters[1].rnk"],
+        [f"{path}:8", "data.tasks[1]"],
+        [f"{path}:11", "training.steps"],
+        [f"{path}:12", "training.stpes"],
+        [f"{path}:11", "engine.steps"],
+        [f"{path}:12", "engine.stpes"],
+        [f"{path}:23", "tracking.mlflow.tags.a.dotted.key"],
+    ]
+    lines = problems(str(path), "training.steps=0", "data={tasks: [3]}", "backbone.nmae=x")
+    assert [line.split(": ")[:2] for line in lines][:5] == [
+        [f"{path}:3", "backbone.name"],
+        ["override 'backbone.nmae=x'", "backbone.nmae"],
+        [f"{path}:19", "adaptation.adapters[1].rnk"],
+        ["override 'data={tasks", "[3]}'"],
+        ["override 'training.steps=0'", "training.steps"],
     ]
 
 

@@ -28,7 +28,7 @@ def problems(folder: Path, text: str) -> list[str]:
     path = write(folder, "bad", text)
     with pytest.raises(DataError) as caught:
         load_task(str(path))
-    return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
+    return [line.removeprefix(str(path)).lstrip(":") for line in str(caught.value).splitlines()]
 
 
 def test_a_short_file_is_a_whole_task(tmp_path: Path):
@@ -105,13 +105,13 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
         'nme: x\nsource: {kind: fil, path: x}\ninput: "{text}}"\n'
         "metrics: [accurcy]\nlabels: {0: no, 1: yes}\nchat: 3\n",
     )
-    assert [line.partition(":")[0] for line in found] == [
-        "source.kind",
-        "input",
-        "labels",
-        "metrics[0]",
-        "chat",
-        "nme",
+    assert [line.split(": ")[:2] for line in found] == [
+        ["2", "source.kind"],
+        ["3", "input"],
+        ["5", "labels"],
+        ["4", "metrics[0]"],
+        ["6", "chat"],
+        ["1", "nme"],
     ]
     assert found[0].endswith("'fil' is not allowed: must be one of file, asset, hub. Did you mean 'file'?")
     assert "'}' at character 7 has no partner" in found[1]
@@ -152,7 +152,7 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
 )
 def test_a_mistake_has_one_clear_line(tmp_path: Path, text: str, message: str):
     (line,) = problems(tmp_path, text)
-    assert line.startswith(message)
+    assert re.sub(r"^\d*:? ", "", line).startswith(message)
 
 
 def test_malformed_yaml_names_the_line(tmp_path: Path):

@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
-from hyperscale.config.yaml_file import read_mapping
+from hyperscale.config.yaml_file import read_file
 from hyperscale.errors import ConfigError, nearest
 
 
@@ -76,12 +76,13 @@ def load_comparison(path: Path) -> Comparison:
     """Read a comparison; `output`, `records` and a recipe that is a file become absolute.
 
     Raises:
-        ConfigError: one line per problem, with its path, the value and what is allowed.
+        ConfigError: one line per problem, with its line in the file, its path, the value and what is allowed.
     """
+    file = read_file(path, "a comparison", ConfigError)
     try:
-        comparison = Comparison.model_validate(read_mapping(path, "a comparison", ConfigError))
+        comparison = Comparison.model_validate(file.values)
     except ValidationError as error:
-        raise ConfigError("\n".join(describe(error, Comparison, str(path)))) from error
+        raise ConfigError("\n".join(describe(error, Comparison, file.where))) from error
     folder = path.absolute().parent
     beside = folder / comparison.recipe
     recipe = str(beside) if beside.is_file() else comparison.recipe

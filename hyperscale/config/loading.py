@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hyperscale.config.problems import describe
 from hyperscale.config.run import Recipe
 from hyperscale.config.secrets import without_credentials
-from hyperscale.config.yaml_file import read_mapping
+from hyperscale.config.yaml_file import read_file
 from hyperscale.errors import ConfigError, nearest
 
 _PATHS: Mapping[str, Callable[[Path], bool]] = {
@@ -70,13 +70,14 @@ def load_recipe(
         folder: where paths in overrides begin; by default the working directory.
 
     Raises:
-        ConfigError: one line per problem, each with the file or the override that it comes from, its dotted path, the
-            value and what is allowed.
+        ConfigError: one line per problem, each with the file and its line or the override that it comes from, the
+            dotted path, the value and what is allowed.
     """
     path = find_recipe(name_or_path)
-    raw = read_mapping(path, "a recipe", ConfigError)
-    texts = _apply_overrides(raw, overrides)
-    return parse_recipe(_with_absolute_paths(raw, path.parent, texts, folder or Path.cwd()), str(path), texts)
+    file = read_file(path, "a recipe", ConfigError)
+    texts = _apply_overrides(file.values, overrides)
+    raw = _with_absolute_paths(file.values, path.parent, texts, folder or Path.cwd())
+    return parse_recipe(raw, file.where, texts)
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequence[str], where: str) -> Recipe:
@@ -92,12 +93,16 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any], overrides: Sequenc
     return parse_recipe(_with_absolute_paths(raw, Path.cwd(), overrides, Path.cwd()), where, overrides)
 
 
-def parse_recipe(raw: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check plain values as a recipe; messages name their origin: `where`, or the override that set the value."""
+def parse_recipe(raw: Mapping[str, Any], where: str | Callable[[str], str], overrides: Sequence[str] = ()) -> Recipe:
+    """Check plain values as a recipe.
+
+    Messages begin with the override that set the value, else with `where`: a name, or the name of each dotted path.
+    """
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = describe(error, Recipe, lambda path: _origin(path, where, overrides))
+        locate = where if callable(where) else lambda _path: where
+        lines = describe(error, Recipe, lambda path: _origin(path, locate(path), overrides))
         raise ConfigError("\n".join(lines)) from error
 
 

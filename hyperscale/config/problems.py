@@ -117,7 +117,7 @@ def _step(place: _Place, key: int | str) -> _Place:
     if _is_model(annotation):
         field = annotation.model_fields.get(str(key)) or _by_alias(annotation, str(key))
         return _Place(_join(place.path, str(key)), _annotation_of(field) if field else annotation)
-    if get_origin(annotation) is dict:
+    if get_origin(annotation) in (dict, Mapping):
         return _Place(_join(place.path, str(key)), arguments[1])
     if isinstance(key, int):
         return _Place(f"{place.path}[{key}]", _element(arguments, key))

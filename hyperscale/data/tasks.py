@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
-from hyperscale.config.yaml_file import read_mapping
+from hyperscale.config.yaml_file import read_file, read_mapping
 from hyperscale.data import templates
 from hyperscale.data.origins import Source, located
 from hyperscale.data.tagging import Tagging
@@ -242,9 +242,9 @@ def _given_name(path: Path) -> str | None:
 
 
 def _read_task(path: Path) -> Task:
-    raw = {"name": path.stem, **read_mapping(path, "a task", DataError)}
+    file = read_file(path, "a task", DataError)
     try:
-        task = Task.model_validate(raw)
+        task = Task.model_validate({"name": path.stem, **file.values})
     except ValidationError as error:
-        raise DataError("\n".join(describe(error, Task, str(path)))) from error
+        raise DataError("\n".join(describe(error, Task, file.where))) from error
     return task.model_copy(update={"source": located(task.source, path.absolute().parent)})
