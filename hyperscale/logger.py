@@ -17,7 +17,7 @@ def get_logger(name: str) -> logging.Logger:
 def set_up_logging(level: str | None = None, rank: int = 0) -> None:
     """Send our messages to standard error.
 
-    Rank 0 speaks at `level` (default: `HYPERSCALE_LOG`, else INFO), others at ERROR: what all ranks see is said once.
+    Rank 0 logs at `level` (default: `HYPERSCALE_LOG`, else INFO), other ranks at ERROR, so each event is logged once.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is to those who write the code
     root = logging.getLogger("hyperscale")

@@ -1,9 +1,9 @@
-"""What a comparison keeps of a finished run: all that its table is made of, in one small file that can go anywhere.
+"""The record of a finished run: everything that the table of a comparison needs, in one small file.
 
     records/shared_lr0.001_seed1.json.gz
 
-Run folders hold checkpoints, rows, and paths of the machine that made them. A record holds none of these: it can be
-committed beside a table, and whoever has the records gets the same table without training anything.
+Run folders hold checkpoints, rows, and paths of the machine that made them. A record holds none of these. It can be
+committed with a table, and the records alone give the same table without training.
 """
 
 import gzip

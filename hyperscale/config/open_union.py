@@ -11,10 +11,10 @@ from hyperscale.config.plugins import Registry
 
 
 class OpenUnion:
-    """Stands in the `Annotated` of a union of sections told apart by `kind`.
+    """Annotates a union of sections whose `kind` selects the section.
 
-    A kind of the package is validated as ever. Any other kind loads the plug-ins, and the whole union is then validated
-    with what they registered, so that messages and paths are those of one union.
+    A kind of the package is validated as in a closed union. Any other kind loads the plug-ins. The whole union is then
+    validated with the registered kinds, so messages and paths are those of one union.
     """
 
     def __init__(self, registry: Registry[Any]) -> None:

@@ -28,7 +28,7 @@ _ROWS = "prompt_embeddings"
 
 
 class PeftMethod(NamedTuple):
-    """How one kind is said: its own part of the configuration, its tensors, and how to read them back."""
+    """The PEFT form of one kind: its part of the configuration, its tensors, and how to read them back."""
 
     config: Callable[[Weights, SiteMap, Architecture], Mapping[str, Any]]
     tensors: Callable[[Weights, SiteMap], Mapping[str, Tensor]]

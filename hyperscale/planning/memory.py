@@ -52,14 +52,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes of what is not resident, at three moments."""
+    """Bytes of gathered parameters that are not resident, at three moments."""
 
     arriving: int
-    """While the largest part outside the blocks, head or embedding, arrives beside a block."""
+    """While the largest part outside the blocks (head or embedding) arrives and a block is gathered."""
     at_loss: int
-    """The head, and the last block, which the backward pass asks for next."""
+    """The head and the last block, which the backward pass needs next."""
     in_blocks: int
-    """The block at work, and its neighbour on the way."""
+    """The block that is computing and the next one in flight."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def _gathered(parts: Sequence[Part], resident: frozenset[str], sharding: Shardin
     block = max(sizes, default=0)
     other = max((part.nbytes for part in away if not part.is_block), default=0)
     if sharding.in_place:
-        beside = other + (2 if len(sizes) > 1 else 1) * block
-        return Gathered(arriving=beside, at_loss=beside, in_blocks=2 * block)
+        both = other + (2 if len(sizes) > 1 else 1) * block
+        return Gathered(arriving=both, at_loss=both, in_blocks=2 * block)
     copies = 2 if device == "cpu" else 1
     together = (1 + copies) * (other + block)
     return Gathered(

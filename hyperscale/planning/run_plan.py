@@ -39,7 +39,7 @@ class Machine:
     ranks: int
     nodes: int
     memory: int | None
-    """Bytes of one rank's device, or None where unknown: then nothing is said to fit or not."""
+    """Bytes of one rank's device, or None where unknown: then the plan does not state whether the run fits."""
     bandwidth: float | None
     """Bytes a second that one rank receives from the others."""
     rate: float | None
@@ -149,7 +149,7 @@ def _host(machine: Machine, memory: MemoryPlan) -> dict[str, int]:
 def _advice(
     recipe: Recipe, memory: MemoryPlan, other: MemoryPlan, largest: int | None, limit: float, sharding: Sharding
 ) -> list[str]:
-    """Say what would make it fit, the cheapest first."""
+    """Return changes that would make the run fit, the cheapest first."""
     found = []
     checkpointed = recipe.engine.activation_checkpointing
     generated = memory.items["generated weights"]

@@ -1,7 +1,7 @@
-"""What the trainer tells whoever listens: progress, trackers, the JSONL mirror.
+"""What the trainer reports to its listeners: progress, trackers, the JSONL record.
 
 The trainer and the engine know no vendor; a tracker is a `Callback`. Callbacks run on rank 0 alone, between steps:
-they must not raise for a fault of theirs and must not wait for a network.
+they must not raise for a fault of their own and must not wait for a network.
 """
 
 from collections.abc import Mapping
