@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hyperscale.config.adaptation import AdapterSettings, BottleneckSettings, LoraSettings, NormDeltaSettings
+from hyperscale.config.adaptation import (
+    AdaptationSettings,
+    AdapterSettings,
+    BottleneckSettings,
+    LoraSettings,
+    NormDeltaSettings,
+)
 from hyperscale.config.run import Recipe
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
 from hyperscale.model.adapters.lora import Lora
@@ -183,13 +189,27 @@ def recipe_of(folder: Path, tasks: list[str], **engine: object) -> Recipe:
     )
 
 
+@pytest.mark.parametrize("per_task", [None, False, True])
+@pytest.mark.parametrize("kind", ["hypernetwork", "independent", "shared"])
+def test_weights_that_all_tasks_share_count_once(folder: Path, kind: str, per_task: bool | None):
+    chosen = AdaptationSettings.model_validate(
+        {
+            "adapters": [{"kind": "lora", "rank": 2}, {"kind": "norm_delta", "per_task": per_task}],
+            "generator": {"kind": kind},
+        }
+    )
+    adapted = tiny.adapted_model(folder, chosen.model_dump(), num_tasks=3)
+    size = generated_bytes(chosen, adapted.site_map, build_kinds(chosen.adapters), 3, 2)
+    assert size == EagerGeneration(adapted.generator(torch.arange(3))).held_bytes(2)
+
+
 def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
     tasks = write_tasks(tmp_path)
     roomy = recipe_of(folder, tasks)
     adapted = tiny.adapted_model(folder, roomy.adaptation.model_dump(), num_tasks=len(tasks))
     kinds = build_kinds(roomy.adaptation.adapters)
     made = adapted.generator(torch.arange(len(tasks)))
-    size = generated_bytes(adapted.site_map, kinds, len(tasks), 4)
+    size = generated_bytes(roomy.adaptation, adapted.site_map, kinds, len(tasks), 4)
     assert size == EagerGeneration(made).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(made))
     for budget, by_site in ((f"{size}B", False), (f"{size - 1}B", True)):
         assert (

@@ -97,6 +97,12 @@ def stored_features(tensors: Mapping[str, Tensor]) -> Tensor | None:
     return next((tensor for name, tensor in tensors.items() if name.endswith("task_encoder.features")), None)
 
 
+def num_sets(settings: AdaptationSettings, kind: AdapterKind, num_tasks: int) -> int:
+    """Return how many sets of a kind's weights serve `num_tasks` tasks: 1 if all tasks share them."""
+    is_shared = settings.generator.kind == "shared" if kind.is_generated else not _norms_per_task(settings)
+    return 1 if is_shared else num_tasks
+
+
 def _norms_per_task(settings: AdaptationSettings) -> bool:
     """Return whether every task has its own layer norms."""
     per_task = next((one.per_task for one in settings.adapters if isinstance(one, NormDeltaSettings)), None)
