@@ -106,13 +106,14 @@ def compare(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """Answer a file's rows with exported bundles."""
+    from hyperscale.places import local_path
     from hyperscale.serving.load import load_bundles
     from hyperscale.serving.predict import check_files, predict_file
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch-size {options.batch_size}: at least one row must run at once")
-    check_files(options.input, options.output)
-    bundles = load_bundles(options.bundles, options.backbone, options.dtype)
+    check_files(local_path(options.input), local_path(options.output))
+    bundles = load_bundles([local_path(bundle) for bundle in options.bundles], options.backbone, options.dtype)
     rows = predict_file(bundles, options.input, options.output, options.batch_size)
     print(f"{rows} rows answered in {options.output}")
     return 0
@@ -122,9 +123,10 @@ def export(options: argparse.Namespace) -> int:
     """Write bundles of a checkpoint."""
     from hyperscale.export.exporter import export_bundles
     from hyperscale.export.opening import open_generator
+    from hyperscale.places import local_path
 
-    trained = open_generator(options.checkpoint)
-    output, only = options.output or _bundles_of(options.checkpoint), options.task
+    output = local_path(options.output) if options.output else _bundles_of(options.checkpoint)
+    trained, only = open_generator(options.checkpoint), options.task
     if options.describe:
         from hyperscale.serving.describe import with_described_tasks
 
@@ -137,17 +139,19 @@ def export(options: argparse.Namespace) -> int:
 
 def _bundles_of(source: str) -> Path:
     """Return bundles/ in the run folder of a checkpoint, wherever that folder has been moved."""
-    from hyperscale.checkpoint.layout import CHECKPOINTS, open_place
+    from hyperscale.checkpoint.layout import CHECKPOINTS
     from hyperscale.checkpoint.store import find_checkpoint
     from hyperscale.export.generator_folder import is_generator_folder
+    from hyperscale.places import open_place
 
-    if is_generator_folder(Path(source)):
+    given = open_place(source)
+    if given.is_local and is_generator_folder(given.local_path):
         raise ConfigError(f"{source} is a saved generator, not a run folder: say with --output where bundles go")
     checkpoint = find_checkpoint(source)
     place = open_place(checkpoint)
     if not place.is_local or place.parent.name != CHECKPOINTS:
         raise ConfigError(f"{checkpoint} is not in a run folder on this machine: say with --output where bundles go")
-    return Path(place.parent.parent.path) / "bundles"
+    return place.parent.parent.local_path / "bundles"
 
 
 def tasks(options: argparse.Namespace) -> int:

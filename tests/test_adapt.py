@@ -160,3 +160,10 @@ def test_a_run_on_an_object_store_is_adapted_beside_itself(
     assert done.code == 0, done.err
     assert read_result("memory://bucket/runs/base-style").steps == 4
     assert tree(place) == before
+
+    # The commands of its last page work as they are printed.
+    commands = [line.split("#")[0].split()[1:] for line in done.out.splitlines() if line.startswith("  hyperscale ")]
+    export, predict = (next(one for one in commands if one[0] == name) for name in ("export", "predict"))
+    exported = run(capsys, *export)
+    assert exported.code == 0, exported.err
+    assert (place / predict[1] / "manifest.json").is_file()

@@ -26,6 +26,7 @@ from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.model.injection import Injection, adapting
 from hyperscale.model.weights import Weights
+from hyperscale.places import local_path
 
 Task = int | str
 """A task's number, or its name."""
@@ -204,7 +205,7 @@ class MultiTaskModel(nn.Module):
         base, dtype = str(self.backbone.name_or_path), next(self.backbone.parameters()).dtype
         written = {}
         for number in numbers:
-            target = Path(folder) / self.task_names[number]
+            target = local_path(folder) / self.task_names[number]
             target.mkdir(parents=True, exist_ok=True)
             weights = {
                 group: {name: tensor.cpu() for name, tensor in named.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 from hyperscale.data.rows import Row
 from hyperscale.export.bundle import read_manifest
+from hyperscale.places import local_path
 from hyperscale.serving import load
 from hyperscale.serving.predict import answer_rows, continue_prompts
 
@@ -30,7 +31,7 @@ def load_bundles(
         ['positive', 'cities']
     """
     listed = [folders] if isinstance(folders, str | Path) else folders
-    return Bundles(load.load_bundles([Path(folder) for folder in listed], backbone, dtype))
+    return Bundles(load.load_bundles([local_path(folder) for folder in listed], backbone, dtype))
 
 
 class Bundles:
@@ -55,9 +56,10 @@ class Bundles:
         Raises:
             BundleError: the bundle is damaged, does not fit, or its task is loaded already.
         """
-        manifest = read_manifest(Path(folder))
-        load.check_alike(Path(folder), manifest, self._first)
-        self._loaded.append(Path(folder), manifest)
+        bundle = local_path(folder)
+        manifest = read_manifest(bundle)
+        load.check_alike(bundle, manifest, self._first)
+        self._loaded.append(bundle, manifest)
         return manifest.task.name
 
     def remove(self, task: str) -> None:

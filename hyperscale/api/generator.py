@@ -17,6 +17,7 @@ from hyperscale.export.exporter import TrainedGenerator, export_bundles
 from hyperscale.export.generator_folder import FILES, write_generator
 from hyperscale.export.module_tensors import tensors_by_module
 from hyperscale.export.opening import open_generator
+from hyperscale.places import local_path, open_place
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -54,7 +55,7 @@ class Generator:
             ('tweets', 'plural', 'past')
         """
         place = str(source)
-        from_hub = "://" not in place and not Path(place).exists() and _HUB_ID.fullmatch(place)
+        from_hub = _HUB_ID.fullmatch(place) and not open_place(place).exists()
         if revision is not None and not from_hub:
             raise BundleError(
                 f"revision={revision!r} is for a generator on the hub, and {place} is not one; leave it out"
@@ -160,7 +161,7 @@ class Generator:
             >>> generator.export("bundles", tasks=["tweets"], format="peft")
             {'tweets': PosixPath('bundles/tweets')}
         """
-        return export_bundles(self._trained, Path(output), (tasks,) if isinstance(tasks, str) else tasks, format)
+        return export_bundles(self._trained, local_path(output), (tasks,) if isinstance(tasks, str) else tasks, format)
 
     def save_pretrained(self, folder: str | Path, *, licence: str = "unknown") -> Path:
         """Write the generator into a folder of its own, whole or not at all; docs/generator_format.md describes it.
@@ -177,7 +178,7 @@ class Generator:
             >>> generator.save_pretrained("my-generator", licence="apache-2.0")
             PosixPath('/home/me/my-generator')
         """
-        return write_generator(self._trained, Path(folder), licence)
+        return write_generator(self._trained, local_path(folder), licence)
 
     def push_to_hub(
         self,

@@ -7,13 +7,8 @@ can look into a run folder cheaply.
 """
 
 import re
-from dataclasses import dataclass
-from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
-from hyperscale.errors import RunFolderError
+from hyperscale.places import Place
 
 CHECKPOINTS = "checkpoints"
 MARKER = "COMMITTED"
@@ -23,55 +18,6 @@ RECIPE = "recipe.yaml"
 TENSORS_SUFFIX = ".safetensors"
 
 _NAME = re.compile(r"step-(?P<step>\d{6,})(-(?P<attempt>\d+))?")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A path on some file system, local or remote."""
-
-    fs: Any
-    path: str
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.fs, LocalFileSystem)
-
-    @property
-    def name(self) -> str:
-        return self.path.rstrip("/").rpartition("/")[2]
-
-    @property
-    def parent(self) -> "Place":
-        return Place(self.fs, self.path.rstrip("/").rpartition("/")[0])
-
-    def child(self, name: str) -> "Place":
-        return Place(self.fs, f"{self.path.rstrip('/')}/{name}")
-
-    def children(self) -> tuple["Place", ...]:
-        """Return what lies here, in the order of names; nothing if the place does not exist."""
-        # Object stores cache their listings: another process may have written since.
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self.path, detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return ()
-        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found}
-        return tuple(self.child(name) for name in sorted(names))
-
-    def exists(self) -> bool:
-        return bool(self.fs.exists(self.path))
-
-    def __str__(self) -> str:
-        return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
-
-
-def open_place(folder: str) -> Place:
-    """Return the place of a path or URI; `RunFolderError` if its protocol is unknown or needs a missing package."""
-    try:
-        fs, path = url_to_fs(folder)
-    except (ValueError, ImportError) as error:
-        raise RunFolderError(f"{folder}: {error}. Use a path, or install the package for this URI.") from error
-    return Place(fs, path)
 
 
 def checkpoint_name(step: int, attempt: int = 1) -> str:

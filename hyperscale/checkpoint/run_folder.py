@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Self
 
-from hyperscale.checkpoint.layout import Place, open_place, whole_checkpoints
+from hyperscale.checkpoint.layout import whole_checkpoints
 from hyperscale.errors import RunFolderError
+from hyperscale.places import Place, open_place
 
 _LOCK = "run.lock"
 
@@ -49,9 +50,9 @@ class RunFolder:
                 if _read_owner(place) == self.owner:
                     place.fs.rm_file(place.child(_LOCK).path)
                 return
-            if not (Path(place.path) / _LOCK).exists():
+            if not (place.local_path / _LOCK).exists():
                 return
-            with _exclusive(Path(place.path) / _LOCK) as lock:
+            with _exclusive(place.local_path / _LOCK) as lock:
                 if _parse_owner(lock.read()) == self.owner:
                     # Emptied, not deleted: a process that has opened it already would lock a file that is gone.
                     lock.truncate(0)
@@ -75,7 +76,7 @@ def claim(folder: str, resume: bool) -> RunFolder:
     claimed = RunFolder(str(place), owner)
     try:
         if place.is_local:
-            _lock_locally(Path(place.path), owner)
+            _lock_locally(place.local_path, owner)
         else:
             _lock_remotely(place, owner)
         earlier = whole_checkpoints(place)

@@ -29,14 +29,13 @@ from hyperscale.checkpoint.layout import (
     RECIPE,
     STATE,
     TENSORS_SUFFIX,
-    Place,
     checkpoint_name,
-    open_place,
     parse_name,
     whole_checkpoints,
 )
 from hyperscale.errors import CheckpointError
 from hyperscale.logger import get_logger
+from hyperscale.places import Place, open_place
 
 _FORMAT = 1
 _PARTIAL = ".partial"
@@ -109,7 +108,7 @@ class CheckpointStore:
         self.sweep()
         target = self._run.child(CHECKPOINTS).child(self._free_name(checkpoint.step))
         if target.is_local:
-            _commit_locally(checkpoint, Path(target.path))
+            _commit_locally(checkpoint, target.local_path)
         else:
             _commit_remotely(checkpoint, target)
         self._prune()
@@ -268,7 +267,7 @@ def _read_marker(place: Place) -> dict[str, dict[str, Any]]:
 def _verified(place: Place, files: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
     """Yield a local folder with these files, fetched if they are remote, with every digest checked."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(place.path if place.is_local else scratch)
+        folder = place.local_path if place.is_local else Path(scratch)
         for name, entry in files.items():
             file = folder / name
             try:
@@ -299,8 +298,8 @@ def _with_plain_name(place: Place, step: int) -> Place:
     plain = place.parent.child(checkpoint_name(step))
     if not place.is_local or place.name == plain.name or plain.exists():
         return place
-    Path(place.path).rename(plain.path)
-    _flush(Path(plain.path).parent)
+    place.local_path.rename(plain.path)
+    _flush(plain.local_path.parent)
     return plain
 
 

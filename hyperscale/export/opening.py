@@ -1,11 +1,9 @@
 """A trained generator from wherever it lies: a run folder, a checkpoint, or a saved generator."""
 
-from pathlib import Path
-
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
 from hyperscale.export.exporter import TrainedGenerator, restore_generator
 from hyperscale.export.generator_folder import is_generator_folder, read_generator
+from hyperscale.places import open_place
 
 
 def open_generator(source: str) -> TrainedGenerator:
@@ -20,6 +18,6 @@ def open_generator(source: str) -> TrainedGenerator:
         BundleError: a saved generator is damaged, incomplete or of a newer version.
     """
     place = open_place(source)
-    if place.is_local and is_generator_folder(Path(place.path)):
-        return read_generator(Path(place.path))
+    if place.is_local and is_generator_folder(place.local_path):
+        return read_generator(place.local_path)
     return restore_generator(load_checkpoint(find_checkpoint(source), only=("generator",)))

@@ -18,11 +18,11 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ResourceError, RunFolderError
 from hyperscale.launch.resources import asked_resources, several_nodes_problem, shortfall
 from hyperscale.logger import get_logger
+from hyperscale.places import open_place
 
 _logger = get_logger(__name__)
 

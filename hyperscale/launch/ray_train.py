@@ -18,7 +18,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.run_folder import claim
 from hyperscale.config.loading import dump_recipe, parse_recipe
 from hyperscale.config.run import Recipe
@@ -26,6 +25,7 @@ from hyperscale.errors import HyperscaleError, ResourceError, RunFolderError
 from hyperscale.launch.ray_cluster import check_capacity, check_shared_folder, join_cluster, wait_for_resources
 from hyperscale.launch.resources import asked_resources, ephemeral_output_problem
 from hyperscale.logger import get_logger
+from hyperscale.places import open_place
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, read_result, user_error
 from hyperscale.run.worker import record_failed_run, train_worker
 from hyperscale.terminal.display import ProgressDisplay

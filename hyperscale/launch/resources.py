@@ -1,7 +1,6 @@
 """What a run needs of a cluster, compared with what there is, before anything waits. Pure: numbers in, messages out."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.run import Recipe
@@ -62,7 +61,7 @@ def several_nodes_problem(recipe: Recipe, blind_nodes: Sequence[str]) -> str | N
 
 def ephemeral_output_problem(output: str) -> str | None:
     """Say that a run folder would go with a Ray job's temporary working directory, or None."""
-    if "working_dir_files" not in Path(output).parts:
+    if "working_dir_files" not in output.split("/"):
         return None
     return (
         f"output={output} lies in the job's working directory, which Ray deletes after the job. Give an absolute path "

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.manifest import check_manifest
 from hyperscale.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
 from hyperscale.config.loading import change_recipe, parse_recipe, with_tracking_secrets
@@ -20,6 +19,7 @@ from hyperscale.config.secrets import without_credentials
 from hyperscale.errors import ConfigError
 from hyperscale.export.exporter import restore_generator
 from hyperscale.model.generators.generator import with_new_tasks
+from hyperscale.places import open_place
 from hyperscale.run.session import Session
 
 

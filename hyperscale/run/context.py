@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.errors import HyperscaleError
+from hyperscale.places import open_place
 from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.provenance import git_commit
 from hyperscale.tracking.trackers import places_of_old_result

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.data import templates
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
+from hyperscale.places import open_place
 from hyperscale.run.context import RunResult
 from hyperscale.terminal.report import RunSummary, all_scores_table, final_table, print_report
 from hyperscale.training.callbacks import EvaluationRecord

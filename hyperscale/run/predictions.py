@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hyperscale.checkpoint.layout import Place, open_place
 from hyperscale.data.corpus import Corpus
 from hyperscale.errors import HyperscaleError
+from hyperscale.places import Place, open_place
 from hyperscale.training.evaluation import split_of
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hyperscale.checkpoint.layout import RECIPE, open_place
+from hyperscale.checkpoint.layout import RECIPE
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore
 from hyperscale.config.loading import dump_recipe, render_recipe, shareable_recipe
 from hyperscale.config.run import Recipe
@@ -16,6 +16,7 @@ from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.model.shapes import whole_numel
+from hyperscale.places import open_place
 from hyperscale.run.context import RunResult, WorkerContext, write_result
 from hyperscale.run.predictions import write_predictions
 from hyperscale.terminal.progress import ProgressSender

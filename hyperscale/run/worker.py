@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from hyperscale.checkpoint.layout import open_place
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
@@ -33,6 +32,7 @@ from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone,
 from hyperscale.model.build import Blueprint
 from hyperscale.model.description import text_features
 from hyperscale.model.generators.generator import keep_known_tasks
+from hyperscale.places import open_place
 from hyperscale.planning.generated import generates_site_by_site
 from hyperscale.planning.parts import find_parts
 from hyperscale.run.adapt import begin_from_known_tasks
@@ -243,7 +243,7 @@ def _export(session: Session) -> dict[str, str]:
     trained = restore_generator(load_checkpoint(find_checkpoint(session.recipe.output), only=("generator",)))
     target = open_place(session.recipe.output).child("bundles")
     if target.is_local:
-        return {name: str(folder) for name, folder in export_bundles(trained, Path(target.path)).items()}
+        return {name: str(folder) for name, folder in export_bundles(trained, target.local_path).items()}
     with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
         written = export_bundles(trained, Path(scratch))
         for name, folder in written.items():

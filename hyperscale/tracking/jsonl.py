@@ -16,12 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from hyperscale.config.secrets import without_credentials
 from hyperscale.errors import RunFolderError
 from hyperscale.logger import get_logger
+from hyperscale.places import open_place
 from hyperscale.tracking.metrics import Point, evaluation_metrics, points, run_metrics, step_metrics
 from hyperscale.training.callbacks import CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 
@@ -57,7 +55,8 @@ class Entry:
 
 def read_entries(folder: str) -> Iterator[Entry]:
     """Yield what a run folder's JSONL holds, in order; torn lines are skipped. `FileNotFoundError` if there is none."""
-    with fsspec.open(f"{folder.rstrip('/')}/{METRICS_FILE}", "rt", encoding="utf-8") as stream:
+    place = open_place(folder).child(METRICS_FILE)
+    with place.fs.open(place.path, "rt", encoding="utf-8") as stream:
         for line in stream:
             entry = _parse(line)
             if entry is not None:
@@ -89,9 +88,7 @@ class JsonlTracker:
     """
 
     def __init__(self, folder: str, run_key: str) -> None:
-        self._fs, path = fsspec.url_to_fs(folder)
-        self._target = f"{path.rstrip('/')}/{METRICS_FILE}"
-        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._target = open_place(folder).child(METRICS_FILE)
         self._run_key = run_key
         self._stream: IO[str] | None = None
         self._cleanup = ExitStack()
@@ -139,12 +136,12 @@ class JsonlTracker:
         return EntryReader(Path(self._stream.name))
 
     def _local_file(self) -> Path:
-        if self._is_local:
-            return Path(self._target)
+        if self._target.is_local:
+            return self._target.local_path
         scratch = Path(tempfile.mkdtemp(prefix="hyperscale-"))
         self._cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
-        if self._fs.exists(self._target):
-            self._fs.get_file(self._target, str(scratch / METRICS_FILE))
+        if self._target.exists():
+            self._target.fs.get_file(self._target.path, str(scratch / METRICS_FILE))
         return scratch / METRICS_FILE
 
     def _write(self, record: Record) -> None:
@@ -160,11 +157,11 @@ class JsonlTracker:
             self._warn(error)
 
     def _upload(self) -> None:
-        if self._is_local or self._stream is None:
+        if self._target.is_local or self._stream is None:
             return
         try:
-            self._fs.makedirs(self._target.rpartition("/")[0], exist_ok=True)
-            self._fs.put_file(self._stream.name, self._target)
+            self._target.fs.makedirs(self._target.parent.path, exist_ok=True)
+            self._target.fs.put_file(self._stream.name, self._target.path)
         except OSError as error:
             self._warn(error)
 

@@ -19,6 +19,7 @@ from requests.exceptions import RequestException
 from hyperscale.config.secrets import without_credentials
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError
+from hyperscale.places import is_uri, open_place
 from hyperscale.tracking.metrics import Point, key_part
 from hyperscale.tracking.params import flatten
 from hyperscale.tracking.pusher import first_line
@@ -110,7 +111,8 @@ class MlflowRun:
         for task, folder in (outcome.bundles or {}).items():
             place = f"bundles/{key_part(task)}"
             self.tag(f"hyperscale.{place}", folder)
-            if artifacts and Path(folder).is_dir() and place not in present:
+            bundle = open_place(folder)
+            if artifacts and bundle.is_local and bundle.exists() and place not in present:
                 self._client.log_artifacts(run_id, folder, place)
         status = _STATUS[outcome.status]
         if self._client.get_run(run_id).info.status != status:
@@ -132,7 +134,7 @@ def tracking_uri(settings: MlflowSettings, default_root: str) -> str:
         ConfigError: the URI cannot be made; says what to do.
     """
     if settings.uri is None:
-        if not Path(default_root).is_absolute():
+        if is_uri(default_root):
             raise ConfigError(
                 f"tracking.mlflow.uri=null needs a local run folder, not {default_root}: set it to a server."
             )

@@ -13,6 +13,7 @@ from hyperscale.config.plugins import Registry, import_object
 from hyperscale.config.tracking import TRACKER_SETTINGS, TrackerSettings, TrackingSettings
 from hyperscale.errors import ConfigError, HyperscaleError, PluginError, RunFolderError, nearest
 from hyperscale.logger import get_logger
+from hyperscale.places import open_place
 from hyperscale.tracking.jsonl import METRICS_FILE, Entry, JsonlTracker, read_entries
 from hyperscale.tracking.pusher import Pusher, first_line
 from hyperscale.tracking.tracker import Tracker
@@ -119,9 +120,9 @@ def track(folder: str, to: str | None = None, uri: str | None = None) -> list[st
         RunFolderError: the folder holds no record of a run.
         ConfigError: a tracker cannot be used.
     """
-    root = folder if "://" in folder else str(Path(folder).resolve())
-    entries = _read(root)
-    facts, run_key = _last_start(root, entries)
+    place = open_place(folder)
+    entries = _read(str(place))
+    facts, run_key = _last_start(str(place), entries)
     recorded = dict(facts.recipe.get("tracking", {}))
     names = [to] if to else list(_settings_of(recorded).enabled_trackers())
     if not names:
@@ -132,9 +133,7 @@ def track(folder: str, to: str | None = None, uri: str | None = None) -> list[st
             raise ConfigError(f"no tracker '{name}'; known are {', '.join(TRACKERS)}." + nearest(name, list(TRACKERS)))
         changes: dict[str, Any] = {"enabled": True} | ({"uri": uri} if uri else {})
         settings = _settings_of(recorded | {name: dict(recorded.get(name, {})) | changes}).trackers()[name]
-        lines.append(
-            _push_all(name, _create(name, settings, root.rstrip("/").rpartition("/")[0], {}), entries, facts, run_key)
-        )
+        lines.append(_push_all(name, _create(name, settings, str(place.parent), {}), entries, facts, run_key))
     return lines
 
 

@@ -10,6 +10,7 @@ import wandb
 from hyperscale.config.secrets import without_credentials
 from hyperscale.config.tracking import WandbSettings
 from hyperscale.errors import ConfigError
+from hyperscale.places import is_uri, local_path
 from hyperscale.tracking.jsonl import Entry, recorded_points
 from hyperscale.tracking.pusher import first_line
 from hyperscale.training.callbacks import CheckpointRecord, RunFacts, RunOutcome
@@ -103,9 +104,9 @@ class WandbTracker:
     def _folder(self) -> Path:
         if self._settings.folder is not None:
             return Path(self._settings.folder)
-        if not Path(self._default_root).is_absolute():
+        if is_uri(self._default_root):
             raise ConfigError(f"tracking.wandb.folder=null needs a local run folder, not {self._default_root}: set it.")
-        return Path(self._default_root)
+        return local_path(self._default_root)
 
     def _sent_step(self) -> int:
         try:
