@@ -166,4 +166,4 @@ def test_a_run_on_an_object_store_is_adapted_beside_itself(
     export, predict = (next(one for one in commands if one[0] == name) for name in ("export", "predict"))
     exported = run(capsys, *export)
     assert exported.code == 0, exported.err
-    assert (place / predict[1] / "manifest.json").is_file()
+    assert (place / predict[1] / "hyperscale.json").is_file()
