@@ -7,8 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,ds_config gathers residency quantized slices zero_matches_local planning peft_parity)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check fmt bench docs clean
+.PHONY: help demo test test-long newest check fmt bench docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,6 +23,14 @@ test: .venv/.dev ## every test but those marked `long`
 
 test-long: .venv/.dev ## the tests marked `long`, least recently run first, for at most HYPERSCALE_LONG_MINUTES (55)
 	$(BIN)/python tests/long_run.py
+
+newest: .venv/bin/python ## the engine's tests with the newest versions that pyproject.toml allows, in .venv-newest
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	grep '^torch==' constraints.txt > .venv-newest/torch.txt
+	.venv-newest/bin/python -m pip --disable-pip-version-check install --quiet --constraint .venv-newest/torch.txt --editable '.[dev]'
+	.venv-newest/bin/python -m pip --disable-pip-version-check list | grep -E '^(deepspeed|ray|mlflow|transformers|torch|datasets|peft|numpy) '
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(ENGINE_TESTS)
 
 check: .venv/.dev ## check style, format, types, layers of imports, spelling
 	$(BIN)/ruff check .
@@ -40,7 +50,7 @@ docs: .venv/.runtime ## write docs/recipe.schema.json and docs/cli.md from the p
 	$(BIN)/python docs/render.py
 
 clean: ## remove .venv and the tools' caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache dist
+	rm -rf .venv .venv-newest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

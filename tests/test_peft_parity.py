@@ -23,7 +23,11 @@ from tests import tiny
 from tests.runs import TASKS, corpus_of, engine_of, loader_of, make_recipe, write_tasks
 
 # PEFT 0.21 asks transformers 5.23 by an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # PEFT 0.21 passes the cache by the name that transformers 5.24 replaced.
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
+]
 
 
 def lora(*targets: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from hyperscale.errors import ConfigError
 from hyperscale.model.adapters.kinds import AdapterKind
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import ARCHITECTURES, architecture_of
+from hyperscale.model.attention import cache_argument
 from hyperscale.model.sites import SiteMap, find_sites
 
 LLAMA, T5 = ARCHITECTURES["llama"], ARCHITECTURES["t5"]
@@ -195,7 +196,7 @@ def test_the_table_describes_the_models(model: nn.Module):
             assert norms == set(stack.norms.values())
             attention = block.get_submodule(stack.attention)
             called = inspect.signature(attention.forward).parameters
-            assert {architecture.mask_argument, "past_key_values", "hidden_states"} <= called.keys()
+            assert {architecture.mask_argument, cache_argument(attention), "hidden_states"} <= called.keys()
         assert hasattr(model.get_submodule(stack.final_norm), "variance_epsilon")
     rotary = [name for name, module in model.named_modules() if "Rotary" in type(module).__name__]
     assert rotary == [architecture.rotary] if architecture.rotary else rotary == []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
+from hyperscale.model.attention import cache_argument
 
 Agree = Callable[[bool], bool]
 """Takes each rank's flag and returns True on all ranks if any flag is True."""
@@ -93,17 +94,18 @@ class _CausalSteps:
         self._model, self._mask, self._feed = model, attention_mask, input_ids
         self._places = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         self._cache: Any = None
+        self._cache_name = cache_argument(model.backbone)
 
     def next_logits(self) -> Tensor:
         output = self._model.backbone(
             input_ids=self._feed,
             attention_mask=self._mask,
             position_ids=self._places,
-            past_key_values=self._cache,
+            **{self._cache_name: self._cache},
             use_cache=True,
             logits_to_keep=1,
         )
-        self._cache = output.past_key_values
+        self._cache = output[self._cache_name]
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -123,6 +125,7 @@ class _Seq2SeqSteps:
         start: int = model.backbone.config.decoder_start_token_id  # type: ignore[union-attr, assignment]
         self._feed = input_ids.new_full((input_ids.shape[0], 1), start)
         self._cache: Any = None
+        self._cache_name = cache_argument(model.backbone)
         self._encoded: Any = None
 
     def next_logits(self) -> Tensor:
@@ -131,10 +134,10 @@ class _Seq2SeqSteps:
             **inputs,
             attention_mask=self._mask,
             decoder_input_ids=self._feed,
-            past_key_values=self._cache,
+            **{self._cache_name: self._cache},
             use_cache=True,
         )
-        self._encoded, self._cache = output.encoder_last_hidden_state, output.past_key_values
+        self._encoded, self._cache = output.encoder_last_hidden_state, output[self._cache_name]
         logits: Tensor = output.logits[:, -1]
         return logits
 

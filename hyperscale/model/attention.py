@@ -4,6 +4,7 @@ transformers' `eager` attention repeats the keys and values of a group for each 
 every decoded token. Here the queries of a group are stacked along the token dimension, so one product serves them all.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -71,6 +72,14 @@ def grouped_attention(
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights.view(batch, groups, heads // groups * tokens, -1), value)
     return output.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Return what a model or an attention layer calls its key-value cache.
+
+    transformers 5.24 renamed `past_key_values` to `cache`. It ignores the old name where the new one is given too.
+    """
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hyperscale.model.adapters.kinds import AdapterKind, Place
 from hyperscale.model.adapters.norm_delta import rms_normalised
 from hyperscale.model.adapters.prefix import Prefix, PrefixedCache, widened_mask
+from hyperscale.model.attention import cache_argument
 
 
 class Act(NamedTuple):
@@ -66,6 +67,7 @@ def after_norm(norm: nn.Module, acting: Acting) -> RemovableHandle:
 
 def inside_attention(attention: nn.Module, acting: Acting, mask_argument: str) -> RemovableHandle:
     """Prepend keys and values to those of a self-attention, and columns for them to its mask."""
+    cache_name = cache_argument(attention)
 
     def adapt(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         acts = acting()
@@ -73,9 +75,9 @@ def inside_attention(attention: nn.Module, acting: Acting, mask_argument: str) -
             return args, named
         states = args[0] if args else named["hidden_states"]
         length = prefix_length(acts)
-        cache = PrefixedCache(named.get("past_key_values"), length, {act.place: partial(_applied, act) for act in acts})
+        cache = PrefixedCache(named.get(cache_name), length, {act.place: partial(_applied, act) for act in acts})
         mask = widened_mask(named.get(mask_argument), states, length, getattr(layer, "is_causal", False))
-        return args, named | {"past_key_values": cache, mask_argument: mask}
+        return args, named | {cache_name: cache, mask_argument: mask}
 
     return attention.register_forward_pre_hook(adapt, with_kwargs=True)
 
