@@ -11,7 +11,7 @@ from pathlib import Path
 
 VERBS = (
     *("train", "adapt", "submit", "evaluate", "compare", "predict", "export"),
-    *("tasks", "validate", "plan", "schema", "doctor", "track"),
+    *("tasks", "validate", "plan", "schema", "doctor", "track", "completion"),
 )
 
 

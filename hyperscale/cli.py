@@ -82,7 +82,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         parents=[common],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"hyperscale {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"hyperscale {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     added: dict[str, argparse.ArgumentParser] = {}
 
@@ -208,6 +208,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     track.add_argument("folder", help="the run folder")
     track.add_argument("--to", metavar="NAME", help="one tracker (default: those that the recipe enables)")
     track.add_argument("--uri", help="the tracker's server or database (default: the recipe's)")
+
+    completion = verb("completion", commands.completion, "print the completion script of a shell")
+    completion.add_argument(
+        "shell", choices=("bash", "zsh", "fish", "tcsh"), help="the shell that will read the script"
+    )
+    completion.set_defaults(parser=parser, parsers=added)
     return parser, added
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -231,4 +231,21 @@ def track(options: argparse.Namespace) -> int:
     from hyperscale.tracking import trackers
 
     print("\n".join(trackers.track(options.folder, options.to, options.uri)))
+    return 0
+
+
+def completion(options: argparse.Namespace) -> int:
+    """Print the script by which a shell completes the commands, their options and file names."""
+    import shtab
+
+    parsers: Mapping[str, argparse.ArgumentParser] = options.parsers
+    for action in (action for parser in parsers.values() for action in parser._actions):
+        if action.type is Path or action.dest in ("recipe", "checkpoint", "folder", "task"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+        if action.dest == "recipe":
+            names = " ".join(packaged_recipes())
+            function = f'_hyperscale_recipe_files() {{ compgen -f -W "{names}" -- "$1"; }}'
+            own = {"bash": "_hyperscale_recipe_files", "preamble": {"bash": function}}
+            action.complete = shtab.FILE | own  # type: ignore[attr-defined]
+    print(shtab.complete(options.parser, shell=options.shell))
     return 0

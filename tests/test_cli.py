@@ -34,6 +34,7 @@ VERBS = (
     "schema",
     "doctor",
     "track",
+    "completion",
 )
 
 
@@ -51,6 +52,44 @@ def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: p
         sentence = line.split(maxsplit=1)[1]
         assert f"{sentence[0].upper()}{sentence[1:]}." in text.out  # on one line there, as a sentence here
     assert "demo" in run(capsys, "train", "--help").out
+
+
+COMPLETE = """
+source "$1"
+shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+_shtab_hyperscale hyperscale "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"
+echo "${COMPREPLY[*]}"
+"""
+"""Asks the function that `complete -F` binds, as bash does at a Tab."""
+
+
+def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "completion", "bash")
+    script = tmp_path / "hyperscale.bash"
+    script.write_text(printed.out)
+    (tmp_path / "mine.yaml").touch()
+
+    def complete(*words: str) -> list[str]:
+        command = ["bash", "--norc", "-c", COMPLETE, "bash", str(script), "hyperscale", *words]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert ended.stderr.replace("bash: line 1: compopt: not currently executing completion function\n", "") == ""
+        return sorted(ended.stdout.split())
+
+    assert complete("tr") == ["track", "train"]
+    assert complete("train", "demo", "training.steps=5", "--re") == ["--resume"]
+    assert complete("train", "--launcher", "") == ["local", "ray", "torchrun"]
+    assert complete("train", "de") == ["demo"]
+    assert complete("train", "mi") == ["mine.yaml"]
+    assert complete("predict", "bundle", "--input", "mi") == ["mine.yaml"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish", "tcsh"])
+def test_other_shells_have_a_script_with_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = run(capsys, "completion", shell)
+    assert script.code == 0
+    assert all(verb in script.out for verb in VERBS)
+    assert "launcher" in script.out
 
 
 def test_wrong_words_are_met_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
