@@ -1,4 +1,4 @@
-"""What each command does, from parsed arguments to an exit code. A vendor is imported by the command that needs it."""
+"""The commands, from parsed arguments to an exit code. Each command imports the vendor libraries that it needs."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def adapt(options: argparse.Namespace) -> int:
-    """Teach a trained generator new tasks, and print which known tasks are nearest to them."""
+    """Teach a trained generator new tasks, and print the known tasks that are most similar."""
     from hyperscale.run.adapt import adapted_recipe, nearest_tasks
 
     def print_nearest(result: "RunResult") -> None:
@@ -67,7 +67,7 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Score a checkpoint's tasks again."""
+    """Score the tasks of a checkpoint again."""
     from hyperscale.run.evaluate import evaluate_checkpoint
     from hyperscale.run.outcome import print_scores
 
@@ -76,16 +76,16 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Train what a comparison still lacks, and write its table."""
+    """Train the missing runs of a comparison, and write its table."""
     from hyperscale.compare.runners import child_runner, launcher_runner
     from hyperscale.compare.schedule import check_comparison, count_finished, only_methods, run_comparison
     from hyperscale.compare.table import publish
     from hyperscale.config.comparison import load_comparison
 
     if options.jobs < 1:
-        raise ConfigError(f"--jobs {options.jobs}: at least one run must go on at a time")
+        raise ConfigError(f"--jobs {options.jobs}: at least one run must be trained at a time")
     if options.jobs > 1 and options.launcher != "local":
-        raise ConfigError(f"--jobs {options.jobs} starts processes of one worker each; add --launcher local")
+        raise ConfigError(f"--jobs {options.jobs} starts one process with one worker a run; add --launcher local")
     comparison = load_comparison(options.comparison)
     if options.only:
         comparison = only_methods(comparison, options.only)
@@ -105,7 +105,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Answer a file's rows with exported bundles."""
+    """Answer the rows of a file with exported bundles."""
     from hyperscale.places import local_path
     from hyperscale.serving.load import load_bundles
     from hyperscale.serving.predict import check_files, predict_file
@@ -120,7 +120,7 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write bundles of a checkpoint."""
+    """Write the bundles of a checkpoint."""
     from hyperscale.export.exporter import export_bundles
     from hyperscale.export.opening import open_generator
     from hyperscale.places import local_path
@@ -138,7 +138,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def _bundles_of(source: str) -> Path:
-    """Return bundles/ in the run folder of a checkpoint, wherever that folder has been moved."""
+    """Return bundles/ in the run folder of a checkpoint, even if that folder was moved."""
     from hyperscale.checkpoint.layout import CHECKPOINTS
     from hyperscale.checkpoint.store import find_checkpoint
     from hyperscale.export.generator_folder import is_generator_folder
@@ -146,11 +146,11 @@ def _bundles_of(source: str) -> Path:
 
     given = open_place(source)
     if given.is_local and is_generator_folder(given.local_path):
-        raise ConfigError(f"{source} is a saved generator, not a run folder: say with --output where bundles go")
+        raise ConfigError(f"{source} is a saved generator, not a run folder: set --output to a bundle folder")
     checkpoint = find_checkpoint(source)
     place = open_place(checkpoint)
     if not place.is_local or place.parent.name != CHECKPOINTS:
-        raise ConfigError(f"{checkpoint} is not in a run folder on this machine: say with --output where bundles go")
+        raise ConfigError(f"{checkpoint} is not in a run folder on this machine: set --output to a bundle folder")
     return place.parent.parent.local_path / "bundles"
 
 
@@ -181,20 +181,20 @@ def validate(options: argparse.Namespace) -> int:
         return 0
     from hyperscale.run.preflight import check_recipe
 
-    found = check_recipe(recipe, lambda _: None)
-    width = max(map(len, found.rows))
-    for task, (train, validation) in found.rows.items():
+    sizes = check_recipe(recipe, lambda _: None)
+    width = max(map(len, sizes.rows))
+    for task, (train, validation) in sizes.rows.items():
         print(f"{task:<{width}}  {train:>7,} training rows  {validation:>6,} validation rows")
-    share = 100 * found.trained_parameters / found.backbone_parameters
+    share = 100 * sizes.trained_parameters / sizes.backbone_parameters
     print(
-        f"valid: {counted(len(found.rows), 'task')}, {counted(found.sites, 'site')}; trains "
-        f"{found.trained_parameters:,} parameters ({share:.2f} % of the frozen {found.backbone_parameters:,})"
+        f"valid: {counted(len(sizes.rows), 'task')}, {counted(sizes.sites, 'site')}; trains "
+        f"{sizes.trained_parameters:,} parameters ({share:.2f} % of the frozen {sizes.backbone_parameters:,})"
     )
     return 0
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Say what a run needs; 1 where it does not fit."""
+    """Print what a run needs; exit code 1 if it does not fit."""
     recipe = load_recipe(options.recipe, options.overrides)
     for name in ("gpus", "nodes", "bandwidth", "rate"):
         value = getattr(options, name)
@@ -220,14 +220,14 @@ def schema(_options: argparse.Namespace) -> int:
 
 
 def doctor(_options: argparse.Namespace) -> int:
-    """Say what this machine has and lacks."""
+    """Print what this machine has and lacks."""
     from hyperscale.launch.doctor import examine
 
     return examine()
 
 
 def track(options: argparse.Namespace) -> int:
-    """Send the trackers what they lack of a run."""
+    """Send the missing records of a run to the trackers."""
     from hyperscale.tracking import trackers
 
     print("\n".join(trackers.track(options.folder, options.to, options.uri)))

@@ -126,20 +126,20 @@ def test_the_whole_generator_trains_on_with_a_share_of_the_known_tasks(
 
 
 def test_adapt_refuses_wrong_options(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(outcome: Outcome) -> str:
+    def error_of(outcome: Outcome) -> str:
         assert outcome.code != 0
         assert "Traceback" not in outcome.err
         return "\n".join(outcome.errors)
 
-    assert "nothing does not exist" in refused(adapt(place, capsys, base="nothing"))
+    assert "nothing does not exist" in error_of(adapt(place, capsys, base="nothing"))
     train(place, "shared", capsys)
-    assert "--task " + str(place / "tone.yaml") in refused(adapt(place, capsys, task="tone"))
-    assert "which has no weights of one task alone; use start.train=everything" in refused(adapt(place, capsys))
-    message = refused(adapt(place, capsys, "--old-share", "0.5"))
-    assert message.startswith("--old-share 0.5: a number from 0 to below 1, and 0 unless with --train everything")
-    message = refused(adapt(place, capsys, "--train", "everything", "data.mixture.weights=[0.5, 0.5]"))
+    assert "--task " + str(place / "tone.yaml") in error_of(adapt(place, capsys, task="tone"))
+    assert "which has no weights of one task alone; use start.train=everything" in error_of(adapt(place, capsys))
+    message = error_of(adapt(place, capsys, "--old-share", "0.5"))
+    assert message.startswith("--old-share 0.5: must be at least 0 and less than 1. Without --train everything")
+    message = error_of(adapt(place, capsys, "--train", "everything", "data.mixture.weights=[0.5, 0.5]"))
     assert "mixture.weights has 2 values for 3 tasks" in message
-    message = refused(adapt(place, capsys, "--train", "everything", "adaptation.adapters.0.rank=4"))
+    message = error_of(adapt(place, capsys, "--train", "everything", "adaptation.adapters.0.rank=4"))
     assert "The checkpoint belongs to another run" in message
     assert adapt(place, capsys, "--train", "everything", f"output={place / 'fine'}").code == 0
 

@@ -206,7 +206,7 @@ def test_the_command_line_exports_a_saved_generator(
     assert done.out == f"past\t{tmp_path}/bundles/past\n"
     refused = run_command(capsys, "export", saved)
     assert refused.code != 0
-    assert refused.errors == [f"{saved} is a saved generator, not a run folder: say with --output where bundles go"]
+    assert refused.errors == [f"{saved} is a saved generator, not a run folder: set --output to a bundle folder"]
 
 
 def test_from_pretrained_refuses_wrong_folders_and_options(tmp_path: Path, home: Path) -> None:

@@ -266,7 +266,7 @@ def test_ctrl_c_stops_with_one_line_and_the_run_resumes(
     page = resumed.out.splitlines()  # what lies where, short enough to read and whole enough to copy
     assert max(map(len, page)) <= 80
     assert f"checkpoint  run/checkpoints/step-{newest + 2:06d}" in page
-    assert "  # answer rows of your own, which need word" in page
+    assert "  # answer your own rows, which need word" in page
     command = next(line for line in page if line.startswith("  hyperscale predict run/bundles/task "))
     answered = run(capsys, *command.split()[1:])
     assert answered.out == "40 rows answered in answers.jsonl\n"

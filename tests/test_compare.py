@@ -233,8 +233,8 @@ def test_a_record_of_other_settings_is_refused(
     file = compared.continued(f"other{len(options)}", settings={"training.steps": 6})
     refused = run(capsys, "compare", file, "--launcher", "local", *options)
     assert refused.code == 1
-    of_other_settings = "a record of hypernetwork_lr0.001_seed0 of other settings (training.steps was 4, is 6)"
-    assert f"holds {of_other_settings}" in refused.err
+    of_other_settings = "a record of hypernetwork_lr0.001_seed0 with different settings (training.steps was 4, is 6)"
+    assert f"contains {of_other_settings}" in refused.err
 
 
 def test_a_run_of_other_settings_is_refused(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +244,7 @@ def test_a_run_of_other_settings_is_refused(compared: Compared, capsys: pytest.C
     shutil.copy(compared.example / "recipe.yaml", folder)
     refused = run(capsys, "compare", file, "--launcher", "local", "--only", "hypernetwork")
     assert refused.code == 1
-    assert "hypernetwork_lr0.001_seed0 holds a run of other settings (" in refused.err
+    assert "hypernetwork_lr0.001_seed0 contains a run with different settings (" in refused.err
 
 
 def test_a_damaged_record_is_named(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +328,7 @@ def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[st
     name = "hypernetwork_lr0.001_seed1"
     assert failed.errors[0].startswith(f"run {name} failed: {place}/mood/train.jsonl:25: not valid JSON")
     assert f"(exit code 1; its whole output is in {place}/results/logs/{name}.log)" in failed.errors
-    assert failed.errors[-1] == "What has finished stays; the same command goes on from here"
+    assert failed.errors[-1] == "Finished runs are kept; the same command continues from here"
     assert len(list((place / "results/logs").iterdir())) == 2, "no run began after the first had failed"
     assert not (place / "results/records").exists()
 
@@ -336,8 +336,8 @@ def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--jobs", 0, "--launcher", "local"), "--jobs 0: at least one run must go on at a time"),
-        (("--jobs", 2), "--jobs 2 starts processes of one worker each; add --launcher local"),
+        (("--jobs", 0, "--launcher", "local"), "--jobs 0: at least one run must be trained at a time"),
+        (("--jobs", 2), "--jobs 2 starts one process with one worker a run; add --launcher local"),
     ],
 )
 def test_impossible_numbers_of_jobs_are_refused(
@@ -389,7 +389,7 @@ def test_a_wrong_comparison(
 def test_only_refuses_an_unknown_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused = run(capsys, "compare", place / "comparison.yaml", "--only", "shard")
     assert refused.code == 2
-    assert "--only shard is none of the methods hypernetwork, shared, alone. Did you mean 'shared'?" in refused.err
+    assert "--only shard is not one of the methods hypernetwork, shared, alone. Did you mean 'shared'?" in refused.err
 
 
 def test_rates_and_seeds_are_all_that_differs(place: Path) -> None:

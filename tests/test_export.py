@@ -231,6 +231,6 @@ def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):
         (bundle / name).unlink()
         if content is not None:
             (bundle / name).write_bytes(content)
-        with pytest.raises(BundleError) as refused:
+        with pytest.raises(BundleError) as error:
             read_manifest(bundle)
-        assert reason in str(refused.value)
+        assert reason in str(error.value)

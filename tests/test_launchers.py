@@ -119,10 +119,10 @@ def test_a_killed_worker_and_a_passing_storage_error_are_survived_under_torchrun
     wait_for(lambda: (folder / "checkpoints/step-000002/COMMITTED").exists() or parent.poll() is not None, every=0.02)
     os.kill(second_worker(parent.pid), signal.SIGKILL)
     assert parent.wait(timeout=240) == 0, log.read_text()
-    losses = [line for line in log.read_text().splitlines() if "starting all workers again" in line]
+    losses = [line for line in log.read_text().splitlines() if "restarting all workers" in line]
     assert len(losses) == 2
     assert "The checkpoint of step 2 cannot be written in" in losses[0]
-    assert "worker 1 was killed by SIGKILL; starting all workers again from the last checkpoint" in losses[1]
+    assert "worker 1 was killed by SIGKILL; restarting all workers from the last checkpoint" in losses[1]
     records = [entry.record for entry in read_entries(str(folder))]
     assert [record.step for record in records if isinstance(record, StepRecord)] == list(range(1, 61))
 

@@ -239,11 +239,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert item in shown.out
     assert "fits in 80.0 GiB" in shown.out
 
-    told = json.loads(run(capsys, *words, "--gpu-memory", "80GiB", "--json").out)
-    assert told["fits"] is True
-    assert told["memory"]["total"] == sum(told["memory"]["items"].values()) <= 0.9 * 80 * 2**30
-    assert told["largest_micro_batch"] > 2
-    assert told["traffic"]["total"] == told["traffic"]["gathers"] + told["traffic"]["gradients"]
+    plan = json.loads(run(capsys, *words, "--gpu-memory", "80GiB", "--json").out)
+    assert plan["fits"] is True
+    assert plan["memory"]["total"] == sum(plan["memory"]["items"].values()) <= 0.9 * 80 * 2**30
+    assert plan["largest_micro_batch"] > 2
+    assert plan["traffic"]["total"] == plan["traffic"]["gathers"] + plan["traffic"]["gradients"]
 
     tight = run(capsys, *words, "--gpu-memory", "3GiB")
     assert tight.code == 1
@@ -252,7 +252,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--gpus", "0"], "--gpus 0: must be more than 0"),
         (["--gpus", "8", "--nodes", "3"], "--nodes 3: 8 ranks cannot be spread evenly over them"),
@@ -261,11 +261,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 def test_refusals(
-    tmp_path: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+    tmp_path: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     outcome = run(capsys, "plan", write_recipe(tmp_path, tiny_llama_folder), *words)
     assert outcome.code == 2
-    assert told in outcome.err
+    assert message in outcome.err
     assert len(outcome.errors) == 1
 
 

@@ -134,26 +134,26 @@ def test_submitting_is_refused_before_anything_is_sent(cluster: Cluster, project
 def test_missing_cluster_resources_are_one_line(cluster: Cluster, project: Path) -> None:
     environment = {**cluster.environment, "RAY_ADDRESS": cluster.address}
 
-    def refused(*overrides: str) -> str:
+    def error_of(*overrides: str) -> str:
         ended = run("train", "recipe.yaml", *overrides, environment=environment, folder=project)
         assert ended.returncode == 1, ended.stdout + ended.stderr
         assert "Traceback" not in ended.stderr
         (message,) = errors(ended.stderr)
         return message
 
-    message = refused("cluster.workers=3", "training.batch_size=6")
+    message = error_of("cluster.workers=3", "training.batch_size=6")
     assert message.startswith(
         "cluster.workers 3 with 1 CPU each do not fit: the cluster has 2 CPU on 1 node, room for 2."
     )
 
     (port,) = free_ports(1)
-    message = refused(f"cluster.address=127.0.0.1:{port}")
+    message = error_of(f"cluster.address=127.0.0.1:{port}")
     assert message.startswith(
         f"no Ray cluster at 127.0.0.1:{port}: Connection refused. Start one with 'ray start --head'"
     )
 
     with all_cpus_held(cluster):
-        message = refused("cluster.wait_minutes=0.02")
+        message = error_of("cluster.wait_minutes=0.02")
     assert message.startswith("the cluster is busy (2 CPU asked, 0 free) and stayed so for cluster.wait_minutes=0.02")
     assert not (project / "run/checkpoints").exists()
 
@@ -168,6 +168,6 @@ def test_a_user_error_that_only_workers_can_see_ends_the_run_at_once(cluster: Cl
     (message,) = errors(ended.stderr)
     assert message.startswith("task 'feeling': the environment variable HYPERSCALE_TEST_ROWS, used in its source")
     assert ended.stderr.count("opening the backbone") == 2, "once in the driver and once in the workers: no second try"
-    assert "starting all workers again" not in ended.stderr
+    assert "restarting all workers" not in ended.stderr
     assert "Traceback" not in ended.stderr
     assert json.loads((project / "run/run.lock").read_text() or "null") is None

@@ -123,7 +123,7 @@ def check_killed_worker(project: Path, rank: int) -> None:
         assert driver.wait(timeout=240) == 0, (project / "log.txt").read_text()
     log = (project / "log.txt").read_text()
     assert re.search(
-        rf"worker {rank} died .*; starting all workers again from the last checkpoint \(restart 1 of 2\)", log
+        rf"worker {rank} died .*; restarting all workers from the last checkpoint \(restart 1 of 2\)", log
     ), log
     assert re.search(rf"small: 1 task, {STEPS} steps from step \d+ on 2 workers", log), log
     assert "Traceback" not in log
@@ -144,10 +144,10 @@ def test_a_checkpoint_that_cannot_be_written_for_a_while_costs_a_restart(project
     folder.mkdir()
     (folder / "checkpoints").touch()
     with started(project, "tracking.mlflow.enabled=false", "cluster.max_failures=1") as driver:
-        wait_for(lambda: "starting all workers again" in log.read_text() or driver.poll() is not None)
+        wait_for(lambda: "restarting all workers" in log.read_text() or driver.poll() is not None)
         (folder / "checkpoints").unlink()
         assert driver.wait(timeout=240) == 0, log.read_text()
-    (loss,) = (line for line in log.read_text().splitlines() if "starting all workers again" in line)
+    (loss,) = (line for line in log.read_text().splitlines() if "restarting all workers" in line)
     assert "worker 0 failed: CheckpointError: The checkpoint of step 4 cannot be written in" in loss
     assert loss.endswith("(restart 1 of 1)")
     records = [entry.record for entry in read_entries(str(folder))]

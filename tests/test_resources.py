@@ -6,7 +6,7 @@ import pytest
 
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.run import Recipe
-from hyperscale.launch.resources import asked_resources, ephemeral_output_problem, several_nodes_problem, shortfall
+from hyperscale.launch.resources import ephemeral_output_problem, required_resources, several_nodes_problem, shortfall
 
 
 def settings(**fields: float) -> ClusterSettings:
@@ -33,8 +33,8 @@ def test_a_worker_has_one_gpu_or_none(gpus: float, reason: str) -> None:
 
 
 def test_requested_resources_are_totals_with_gpus_only_if_used() -> None:
-    assert asked_resources(settings(workers=3, cpus_per_worker=1.5)) == {"CPU": 4.5}
-    assert asked_resources(settings(workers=2, gpus_per_worker=1, cpus_per_worker=4)) == {"CPU": 8, "GPU": 2}
+    assert required_resources(settings(workers=3, cpus_per_worker=1.5)) == {"CPU": 4.5}
+    assert required_resources(settings(workers=2, gpus_per_worker=1, cpus_per_worker=4)) == {"CPU": 8, "GPU": 2}
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,9 @@ def test_several_nodes_need_a_shared_folder_and_a_tracking_server() -> None:
     assert blind is not None
     assert blind.startswith("output=/runs/one is private to this node: a (10.0.0.1), b (10.0.0.2) cannot see it. ")
     for uri in (None, "sqlite:////runs/mlflow.db"):
-        refused = several_nodes_problem(recipe(uri=uri), [])
-        assert refused is not None
-        assert refused.startswith("tracking.mlflow.uri: an SQLite file cannot be written from several nodes.")
+        problem = several_nodes_problem(recipe(uri=uri), [])
+        assert problem is not None
+        assert problem.startswith("tracking.mlflow.uri: an SQLite file cannot be written from several nodes.")
 
 
 def test_a_job_must_not_write_into_its_temporary_folder() -> None:

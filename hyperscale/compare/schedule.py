@@ -1,7 +1,7 @@
-"""`hyperscale compare`: the same recipe under several methods and seeds, with equal budgets, run by run.
+"""`hyperscale compare`: train one recipe with several methods and seeds, with equal budgets.
 
-A run that has finished is not run again, one that was stopped goes on: a comparison continues where it stood. What it
-keeps of a finished run is a record (`run_record`); the run's folder is not needed any more then.
+A comparison can be stopped and continued: a finished run is not repeated, and a stopped run resumes. Each finished run
+leaves a record (`compare/record.py`); its folder is not needed after that.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Trial:
-    """One method at one learning rate with one seed: one run, or one per task."""
+    """One method at one learning rate with one seed: a single run, or one run for each task."""
 
     method: str
     learning_rate: float
@@ -38,14 +38,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """A trial and what is kept of its runs."""
+    """A trial and the records of its runs."""
 
     trial: Trial
     records: tuple[RunRecord, ...]
 
     @property
     def validation(self) -> float:
-        """Mean over the tasks of the last validation score, in percent."""
+        """Mean of the tasks' last validation scores, in percent."""
         scores = [score for record in self.records for score in record.validation.values()]
         return sum(scores) / len(scores)
 
@@ -62,30 +62,30 @@ class Outcome:
 
     comparison: Comparison
     search: Mapping[str, Sequence[FinishedTrial]]
-    """method -> its trials with the search seed; empty where there is one learning rate."""
+    """method -> its trials with the search seed; empty if there is only one learning rate."""
     final: Mapping[str, Sequence[FinishedTrial]]
     """method -> its trials at the chosen learning rate, one per seed, in their order."""
 
 
 def only_methods(comparison: Comparison, names: Sequence[str]) -> Comparison:
-    """Return the part of a comparison that one of several machines with a common folder is to train.
+    """Return a comparison with only the named methods, for one of several machines that share a folder.
 
     Raises:
-        ConfigError: a name that is none of the methods.
+        ConfigError: a name is not a method of the comparison.
     """
     for name in names:
         if name not in comparison.methods:
             hint = nearest(name, comparison.methods)
-            raise ConfigError(f"--only {name} is none of the methods {', '.join(comparison.methods)}.{hint}")
+            raise ConfigError(f"--only {name} is not one of the methods {', '.join(comparison.methods)}.{hint}")
     chosen = {name: method for name, method in comparison.methods.items() if name in names}
     return comparison.model_copy(update={"methods": chosen})
 
 
 def check_comparison(comparison: Comparison) -> int:
-    """Build every recipe without running any; returns the number of runs to come.
+    """Build every recipe without running any, and return the number of runs.
 
     Raises:
-        ConfigError: a setting that does not fit the recipe.
+        ConfigError: a setting does not fit the recipe.
     """
     searched = len(comparison.learning_rates) if len(comparison.learning_rates) > 1 else 0
     first = comparison.learning_rates[0]
@@ -98,10 +98,10 @@ def check_comparison(comparison: Comparison) -> int:
 def count_finished(comparison: Comparison) -> int:
     """Return how many of a comparison's runs have a record, without running any.
 
-    Final seeds count once a method's search is whole: before that no learning rate is chosen.
+    Final seeds count once a method's search is complete; before that, no learning rate is chosen.
 
     Raises:
-        HyperscaleError: a record that cannot be read, or is of other settings.
+        HyperscaleError: a record cannot be read, or belongs to different settings.
     """
     rates = comparison.learning_rates
     finished = 0
@@ -118,7 +118,7 @@ def count_finished(comparison: Comparison) -> int:
 
 
 def _kept_part(comparison: Comparison, place: _Place) -> FinishedTrial:
-    """Return a trial with those of its records that there are."""
+    """Return a trial with the records that it already has."""
     trial = make_trial(comparison, *place)
     records = (_kept_record(comparison, recipe) for recipe in trial.recipes)
     return FinishedTrial(trial, tuple(record for record in records if record is not None))
@@ -127,10 +127,10 @@ def _kept_part(comparison: Comparison, place: _Place) -> FinishedTrial:
 def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Outcome:
     """Search each method's learning rate on validation, then train its seeds.
 
-    `jobs`: trials at one time; `run` is called from as many threads then.
+    `jobs`: number of trials at a time; `run` is called from as many threads.
 
     Raises:
-        HyperscaleError: a run failed; what has finished stays and is not run again.
+        HyperscaleError: a run failed; finished runs stay and are not repeated.
     """
     total, numbers = check_comparison(comparison), count(1)
 
@@ -151,7 +151,7 @@ def run_comparison(comparison: Comparison, run: RunRecipe, jobs: int = 1) -> Out
         searching = {
             name: [begin((name, rate, comparison.search_seed)) for rate in searched] for name in comparison.methods
         }
-        for name, trials in searching.items():  # its seeds need no other method's search
+        for name, trials in searching.items():  # a method's seeds do not wait for the search of the others
             search[name] = [trial.result() for trial in trials]
             chosen = _best_rate(search[name]) if searched else rates[0]
             final[name] = [begin((name, chosen, seed)) for seed in comparison.seeds]
@@ -165,10 +165,10 @@ def _best_rate(search: Sequence[FinishedTrial]) -> float:
 
 @contextmanager
 def _beginning(finish: _Finish, jobs: int) -> Iterator[_Begin]:
-    """Yield what begins a trial, `jobs` of them at one time and in order; with one, it returns when the trial is done.
+    """Yield a function that starts a trial. Up to `jobs` trials run at a time, in order; one job waits for each trial.
 
-    After a failure no further one begins, those that run come to their end. Whoever asks for results in the order in
-    which they were begun meets what failed before the cancelled.
+    After a failure no further trial starts, and running trials finish. A caller that reads the results in the order of
+    their start sees the failure before the cancelled trials.
     """
     if jobs == 1:
         yield lambda place: _done(finish(place))
@@ -199,7 +199,7 @@ def _done(trial: FinishedTrial) -> Future[FinishedTrial]:
 
 
 def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: int) -> Trial:
-    """Return the recipes of one trial, their paths absolute."""
+    """Return the recipes of one trial, with absolute paths."""
     name = f"{method}_lr{learning_rate:g}_seed{seed}"
     settings: dict[str, Any] = {
         **comparison.settings,
@@ -227,7 +227,7 @@ def _runs_of(recipe: Recipe, method: Method) -> tuple[Recipe, ...]:
     if left or not steps:
         raise ConfigError(
             f"single_task divides training.steps {recipe.training.steps} among {len(tasks)} tasks, which leaves a "
-            f"rest; use training.steps={max(1, round(recipe.training.steps / len(tasks))) * len(tasks)}"
+            f"remainder; use training.steps={max(1, round(recipe.training.steps / len(tasks))) * len(tasks)}"
         )
     recipes = []
     for task in tasks:
@@ -242,7 +242,7 @@ def _runs_of(recipe: Recipe, method: Method) -> tuple[Recipe, ...]:
 
 
 def _finished_run(comparison: Comparison, recipe: Recipe, run: RunRecipe, split: str | None) -> RunRecord:
-    """Return what is kept of a run, running what is not done yet."""
+    """Return the record of a run; train the run first if it has not finished."""
     kept = _kept_record(comparison, recipe)
     if kept is not None:
         return kept
@@ -256,7 +256,7 @@ def _kept_record(comparison: Comparison, recipe: Recipe) -> RunRecord | None:
     kept = read_record(records, recipe.name)
     if kept is not None:
         _check_same_settings(
-            recipe, {**kept.recipe, "output": recipe.output}, f"{records} holds a record of {recipe.name}"
+            recipe, {**kept.recipe, "output": recipe.output}, f"{records} contains a record of {recipe.name}"
         )
     return kept
 
@@ -270,13 +270,13 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
     folder = Path(recipe.output)
     if (folder / "recipe.yaml").is_file():
         earlier = read_mapping(folder / "recipe.yaml", "a recipe", ConfigError)
-        _check_same_settings(recipe, earlier, f"{folder} holds a run")
+        _check_same_settings(recipe, earlier, f"{folder} contains a run")
     if (folder / RESULT).is_file():
         return read_result(recipe.output)
     file = output / "recipes" / f"{recipe.name}.yaml"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)  # it holds the recipe's secrets, for the process that trains it
+        file.touch(mode=0o600)  # it contains the recipe's secrets, for the process that trains it
         file.write_text(render_recipe(dump_recipe(recipe)), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"output={output} cannot be written: {error.strerror}; choose another folder") from error
@@ -284,14 +284,14 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
         return run(recipe, file)
     except HyperscaleError as error:
         raise type(error)(
-            f"run {recipe.name} failed: {error}\nWhat has finished stays; the same command goes on from here"
+            f"run {recipe.name} failed: {error}\nFinished runs are kept; the same command continues from here"
         ) from error
 
 
 def _check_same_settings(recipe: Recipe, earlier: Mapping[str, Any], what: str) -> None:
-    """A run of other settings under the same name must not count as this one's."""
+    """Check that an earlier run of the same name has the same settings."""
     changed = changed_setting(parse_recipe(earlier, what), recipe)
     if changed is not None:
         raise RunFolderError(
-            f"{what} of other settings ({changed}); choose another folder, or delete it to have that run made again"
+            f"{what} with different settings ({changed}); choose another folder, or delete it to train that run again"
         )

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ResourceError, RunFolderError
-from hyperscale.launch.resources import asked_resources, several_nodes_problem, shortfall
+from hyperscale.launch.resources import required_resources, several_nodes_problem, shortfall
 from hyperscale.logger import get_logger
 from hyperscale.places import open_place
 
@@ -138,7 +138,7 @@ def check_capacity(recipe: Recipe) -> None:
 
 def wait_for_resources(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Wait `cluster.wait_minutes` for what others use now; `ResourceError` if the cluster stays busy."""
-    asked = asked_resources(recipe.cluster)
+    asked = required_resources(recipe.cluster)
     end = time.monotonic() + 60 * recipe.cluster.wait_minutes
     while True:
         free = ray.available_resources()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Ray Train workers for a recipe: run them, show their progress, and restart them after a failure.
 
-Checkpoints are our own (a run folder that all nodes see), so nothing is reported to Ray Train: its report is paced by a
-2 s poll and can be lost with a killed worker. A restarted group continues from the newest whole checkpoint there.
+Checkpoints are our own, in a run folder that all nodes see. Nothing is reported to Ray Train, because its reports wait
+for a 2 s poll and can be lost with a killed worker. A restarted group continues from the newest complete checkpoint.
 """
 
 import logging
@@ -23,7 +23,7 @@ from hyperscale.config.loading import dump_recipe, parse_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.errors import HyperscaleError, ResourceError, RunFolderError
 from hyperscale.launch.ray_cluster import check_capacity, check_shared_folder, join_cluster, wait_for_resources
-from hyperscale.launch.resources import asked_resources, ephemeral_output_problem
+from hyperscale.launch.resources import ephemeral_output_problem, required_resources
 from hyperscale.logger import get_logger
 from hyperscale.places import open_place
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, read_result, user_error
@@ -41,7 +41,7 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
     Raises:
         ResourceError: the cluster cannot be joined or lacks what the workers need.
         RunFolderError: the run folder is busy, private to one node, or holds another run.
-        HyperscaleError: as a worker raised it.
+        HyperscaleError: the error that a worker raised.
     """
     problem = ephemeral_output_problem(recipe.output)
     if problem:
@@ -49,19 +49,19 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
     with ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(recipe.tracking.progress))
 
-        def say(text: str) -> None:
+        def show_phase(text: str) -> None:
             display.consume({"event": "phase", "text": text, "done": None, "total": None})
 
         stack.enter_context(claim(recipe.output, resume))
         run = RunIdentity.of(recipe.name, recipe.output)
-        say("starting Ray")
+        show_phase("starting Ray")
         stack.enter_context(join_cluster(recipe))
         check_capacity(recipe)
         check_shared_folder(recipe)
-        wait_for_resources(recipe, say)
+        wait_for_resources(recipe, show_phase)
         mailbox = _mailbox()
         stack.enter_context(_delivery(mailbox, display))
-        say(f"starting {recipe.cluster.workers} workers")
+        show_phase(f"starting {recipe.cluster.workers} workers")
         try:
             _fit(recipe, mailbox, run)
         except HyperscaleError as error:
@@ -75,11 +75,11 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class _Mailbox:
-    """Events on their way from rank 0, on whichever node, to the driver's terminal; and what went wrong for good."""
+    """Carries events from rank 0, on any node, to the driver's terminal, and keeps the first user error."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
-        self._mistake: tuple[str, str] | None = None
+        self._user_error: tuple[str, str] | None = None
 
     def put(self, event: dict[str, Any]) -> None:
         self._events.append(event)
@@ -89,21 +89,21 @@ class _Mailbox:
         return events
 
     def report_user_error(self, kind: str, message: str) -> None:
-        self._mistake = self._mistake or (kind, message)
+        self._user_error = self._user_error or (kind, message)
 
-    def mistake(self) -> tuple[str, str] | None:
-        return self._mistake
+    def first_user_error(self) -> tuple[str, str] | None:
+        return self._user_error
 
 
 def _mailbox() -> Any:
-    """Start the mailbox on the driver's node, so that no other node's end takes it away."""
+    """Start the mailbox on the driver's node, so that it survives the loss of any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # from ray.remote
 
 
 @contextmanager
 def _delivery(mailbox: Any, display: ProgressDisplay) -> Iterator[None]:
-    """Show the events as they come, from a thread of the driver's."""
+    """Show events as they arrive, from a thread of the driver."""
     done = threading.Event()
 
     def deliver() -> None:
@@ -123,17 +123,17 @@ def _delivery(mailbox: Any, display: ProgressDisplay) -> Iterator[None]:
 def _show(mailbox: Any, display: ProgressDisplay) -> None:
     try:
         events = ray.get(mailbox.take.remote(), timeout=10)
-    except RayError:  # the display must never decide a run's end
+    except RayError:  # a failure of the display must never end a run
         return
     for event in events:
         if event["event"] == "loss":
             _logger.warning("%s", event["text"])
-        elif event.get("status") != "failed":  # whether the run has failed, and not only its workers, is said here
+        elif event.get("status") != "failed":  # workers may restart; the driver reports a failed run
             display.consume(event)
 
 
 class _LossReport(UserCallback):
-    """Logs every failure of the workers, in the process that restarts them, and ends the run at a user's error."""
+    """Logs every failure of the workers, in the process that restarts them, and ends the run on a user error."""
 
     def __init__(self, mailbox: Any, max_failures: int) -> None:
         self._mailbox = mailbox
@@ -141,36 +141,36 @@ class _LossReport(UserCallback):
         self._failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        mistake = ray.get(self._mailbox.mistake.remote(), timeout=10)
-        if mistake:
-            raise HyperscaleError(mistake[1])  # an error here ends the run, one of a worker would start it again
-        lost = describe_losses(worker_exceptions)
+        first_error = ray.get(self._mailbox.first_user_error.remote(), timeout=10)
+        if first_error:
+            raise HyperscaleError(first_error[1])  # an error raised here ends the run; a worker's would restart it
+        losses = describe_losses(worker_exceptions)
         self._failures += 1
         if self._failures <= self._max_failures:
             count = f"restart {self._failures} of {self._max_failures}"
-            text = f"{lost}; starting all workers again from the last checkpoint ({count})"
+            text = f"{losses}; restarting all workers from the last checkpoint ({count})"
             self._mailbox.put.remote({"event": "loss", "text": text})
 
 
 def describe_losses(worker_exceptions: Mapping[int, Exception]) -> str:
-    """Say in a line which workers failed and why, without those that only lost their peer, if another is to blame."""
+    """Return one line with the failed workers and the reasons, without workers that only lost a peer, if possible."""
     reasons = {rank: _reason(error) for rank, error in sorted(worker_exceptions.items())}
     causes = {rank: reason for rank, reason in reasons.items() if "onnection" not in reason} or reasons
     return "; ".join(f"worker {rank} {reason}" for rank, reason in causes.items())
 
 
 def _first_line(error: Exception) -> str:
-    """Say what Ray says first; of memory it says paragraphs."""
+    """Return the first line of Ray's message, or our own if memory ran out: Ray then writes paragraphs."""
     text = str(error).strip()
     if "out of memory" in text.lower() or "OOM" in text:
-        return "a worker was killed for want of memory ('hyperscale plan RECIPE' says how much a run needs)"
+        return "a worker was killed because memory ran out ('hyperscale plan RECIPE' shows how much a run needs)"
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
 def _reason(error: Exception) -> str:
     if isinstance(getattr(error, "health_check_failure", error), RayError):
         return "died (killed, out of memory, or its node is gone)"
-    cause = getattr(error, "_base_exc", error)  # Ray Train's wrapper says everything, traceback included
+    cause = getattr(error, "_base_exc", error)  # Ray Train's wrapper includes the traceback
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"failed: {type(cause).__name__}: {lines[0][:300].rstrip('.') if lines else ''}"
 
@@ -184,10 +184,10 @@ def _fit(recipe: Recipe, mailbox: Any, run: RunIdentity) -> None:
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker=asked_resources(cluster.model_copy(update={"workers": 1})),
+            resources_per_worker=required_resources(cluster.model_copy(update={"workers": 1})),
         ),
         run_config=RunConfig(
-            # A name of its own each time: Ray resumes a run of the same name and would train nothing.
+            # A new name each time: Ray would resume a run of the same name and train nothing.
             name=f"{recipe.name}-{uuid.uuid4().hex[:8]}",
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
@@ -204,7 +204,7 @@ def _fit(recipe: Recipe, mailbox: Any, run: RunIdentity) -> None:
         except (RayError, TrainingFailedError) as error:
             raise _worker_error(error, mailbox, cluster.max_failures) from error
         finally:
-            with suppress(OSError):  # only a marker of Ray's lies there
+            with suppress(OSError):  # it holds only a marker of Ray's
                 storage.fs.rm(storage.path, recursive=True)
 
 
@@ -224,21 +224,21 @@ def _quiet_train() -> Iterator[None]:
 def _worker_error(error: Exception, mailbox: Any, max_failures: int) -> HyperscaleError:
     """Return the user's error that a worker reported, or an error about workers that kept failing."""
     try:
-        mistake = ray.get(mailbox.mistake.remote(), timeout=10)
+        first_error = ray.get(mailbox.first_user_error.remote(), timeout=10)
     except RayError:
-        mistake = None
-    if mistake:
-        return user_error(*mistake)
+        first_error = None
+    if first_error:
+        return user_error(*first_error)
     failures = getattr(error, "worker_failures", None)
-    last = describe_losses(failures) if failures else _first_line(error)
+    last_failure = describe_losses(failures) if failures else _first_line(error)
     return ResourceError(
-        f"the workers failed more than cluster.max_failures={max_failures} times; the last time {last}. "
+        f"the workers failed more than cluster.max_failures={max_failures} times; the last time {last_failure}. "
         "Continue from the last checkpoint with --resume; --debug shows the traceback"
     )
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    """Run one worker's part; Ray calls this in every worker process, again after a failure."""
+    """Run one worker. Ray calls this in every worker process, and again after a failure."""
     mailbox, context = config["mailbox"], ray.train.get_context()
 
     def progress(event: dict[str, Any]) -> None:
@@ -256,6 +256,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     try:
         train_worker(parse_recipe(config["recipe"], "the recipe"), worker)
     except HyperscaleError as error:
-        if not error.is_transient:  # a transient one counts as a lost worker, and Ray starts the workers again
+        if not error.is_transient:  # a transient one counts as a lost worker, and Ray restarts the workers
             ray.get(mailbox.report_user_error.remote(type(error).__name__, str(error)))
         raise

@@ -7,12 +7,12 @@ from hyperscale.config.run import Recipe
 from hyperscale.tracking import trackers
 
 
-def asked_resources(cluster: ClusterSettings) -> dict[str, float]:
+def required_resources(cluster: ClusterSettings) -> dict[str, float]:
     """Return the totals that all workers need, by Ray's resource names."""
-    asked = {"CPU": cluster.workers * cluster.cpus_per_worker}
+    required = {"CPU": cluster.workers * cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
-        asked["GPU"] = cluster.workers * cluster.gpus_per_worker
-    return asked
+        required["GPU"] = cluster.workers * cluster.gpus_per_worker
+    return required
 
 
 def shortfall(cluster: ClusterSettings, nodes: Sequence[Mapping[str, float]]) -> str | None:

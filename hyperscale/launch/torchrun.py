@@ -65,7 +65,7 @@ def train_on_torchrun(recipe: Recipe, resume: bool) -> RunResult:
                 raise
             lost = str(error).removesuffix(_HINT).rstrip(". ")
             number = f"restart {failures} of {recipe.cluster.max_failures}"
-            _logger.warning("%s; starting all workers again from the last checkpoint (%s)", lost, number)
+            _logger.warning("%s; restarting all workers from the last checkpoint (%s)", lost, number)
             resume = True
     raise AssertionError("unreachable: the loop above does not end")
 

@@ -1,7 +1,7 @@
-"""`hyperscale adapt`: an earlier run's generator takes up new tasks.
+"""`hyperscale adapt`: teach new tasks to the generator of an earlier run.
 
-The new run is an ordinary one: its recipe says in `start` what it begins from, so that it resumes, is tracked and
-exports as any other.
+The new run is an ordinary run. Its recipe names the checkpoint in `start`, so it resumes, is tracked and exports like
+any other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,25 +32,27 @@ def adapted_recipe(
         path: a checkpoint, or a run folder for its newest one.
         tasks: names or files of the new tasks.
         train: `new_tasks` or `everything`, as in `start.train`.
-        old_share: share of the samples that the known tasks get, in equal parts; 0 with `new_tasks`.
-        overrides: `dotted.key=value` for anything else; `output` is by default beside the old run folder.
+        old_share: share of the samples for the known tasks, divided equally among them; 0 with `new_tasks`.
+        overrides: `dotted.key=value` for anything else. By default, `output` is next to the old run folder.
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        ConfigError: a task that it knows already, a share that makes no sense, or an override that is wrong.
+        ConfigError: the checkpoint already knows a task, the share is out of range, or an override is wrong.
     """
-    found = find_checkpoint(path)
-    checkpoint = load_checkpoint(found, only=())
-    before = parse_recipe(checkpoint.recipe, f"the recipe of {found}")
+    checkpoint_path = find_checkpoint(path)
+    checkpoint = load_checkpoint(checkpoint_path, only=())
+    before = parse_recipe(checkpoint.recipe, f"the recipe of {checkpoint_path}")
     known = before.data.tasks
     files = [str(Path(task).absolute()) if Path(task).suffix in (".yaml", ".yml") else task for task in tasks]
-    again = [task for task in files if task in known or Path(task).stem in checkpoint.manifest["tasks"]]
-    if again:
-        raise ConfigError(f"--task {again[0]}: the checkpoint was trained for it; go on with: train RECIPE --resume")
+    trained = [task for task in files if task in known or Path(task).stem in checkpoint.manifest["tasks"]]
+    if trained:
+        raise ConfigError(
+            f"--task {trained[0]}: the checkpoint was already trained on it; continue with: train RECIPE --resume"
+        )
     if not 0 <= old_share < 1 or (old_share and train == "new_tasks"):
         raise ConfigError(
-            f"--old-share {old_share:g}: a number from 0 to below 1, and 0 unless with --train everything, since known "
-            "tasks cannot change otherwise"
+            f"--old-share {old_share:g}: must be at least 0 and less than 1. Without --train everything it must be 0, "
+            "because the known tasks do not change then"
         )
     label = "-".join(Path(task).stem for task in files)
     folder = open_place(before.output)
@@ -68,13 +70,13 @@ def begin_from_known_tasks(session: Session) -> list[Mapping[str, Any] | None]:
     """Load the generator that the recipe starts from; every rank calls this.
 
     Returns:
-        Per task where its weights are from, if this run leaves them untouched.
+        For each task, the origin of its weights if this run does not change them, else None.
 
     Raises:
-        CheckpointError: its backbone, sites, generator or tasks are other ones.
+        CheckpointError: its backbone, sites, generator or tasks differ from those of this run.
     """
     start = session.recipe.start
-    assert start is not None, "only runs with a start call this"
+    assert start is not None, "only a run with a start calls this"
     base = load_checkpoint(find_checkpoint(start.checkpoint), only=("generator",))
     present = {**session.manifest, "tasks": session.manifest["tasks"][: start.known_tasks]}
     check_manifest(base.manifest, present)
@@ -85,15 +87,15 @@ def begin_from_known_tasks(session: Session) -> list[Mapping[str, Any] | None]:
 
 
 def _origins(base: Checkpoint, known: int) -> list[Mapping[str, Any]]:
-    """Return the run that made each task's weights, which may itself have left some untouched."""
+    """Return, for each task, the run that trained its weights; it may be an ancestor of `base`."""
     own = {"recipe": without_credentials(base.recipe), "step": base.step}
     return [earlier or own for earlier in base.state.get("origins") or [None] * known]
 
 
 def nearest_tasks(path: str, num_new: int, count: int = 3) -> dict[str, list[tuple[str, float]]]:
-    """Return the tasks whose embeddings are most like those of a checkpoint's last `num_new` tasks, with the cosine.
+    """Return, for each of a checkpoint's last `num_new` tasks, the most similar tasks and their cosine, nearest first.
 
-    The nearest first. Empty for a generator without task embeddings.
+    The similarity is that of the task embeddings. Empty for a generator without task embeddings.
     """
     trained = restore_generator(load_checkpoint(find_checkpoint(path), only=("generator",)))
     encoder = getattr(trained.generator, "task_encoder", None)
@@ -102,10 +104,10 @@ def nearest_tasks(path: str, num_new: int, count: int = 3) -> dict[str, list[tup
     tasks = [task.name for task in trained.tasks]
     with torch.no_grad():
         codes = F.normalize(encoder(torch.arange(len(tasks))), dim=-1)
-    likeness = codes @ codes.T
+    cosines = codes @ codes.T
     return {
         name: sorted(
-            ((other, float(likeness[tasks.index(name), place])) for place, other in enumerate(tasks) if other != name),
+            ((other, float(cosines[tasks.index(name), place])) for place, other in enumerate(tasks) if other != name),
             key=lambda pair: -pair[1],
         )[:count]
         for name in tasks[-num_new:]

@@ -1,4 +1,4 @@
-"""What a launcher tells a worker about its place, and what a run tells its launcher at the end."""
+"""The context that a launcher gives to a worker, and the result that a run returns to its launcher."""
 
 import json
 import uuid
@@ -18,21 +18,21 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What stays the same over all restarts of a run's workers; made once, where the command was given."""
+    """The identity of a run, which survives restarts of its workers. The process of the command creates it once."""
 
     key: str
-    """Finds the run again in every tracker, even where no checkpoint had been written yet."""
+    """Identifies the run in every tracker, even before its first checkpoint."""
     commit: str | None
     """The git commit of the working directory."""
 
     @staticmethod
     def new(name: str) -> "RunIdentity":
-        """Make the identity of a run that starts now."""
+        """Create the identity of a new run."""
         return RunIdentity(f"{name}-{uuid.uuid4().hex[:12]}", git_commit(Path.cwd()))
 
     @staticmethod
     def of(name: str, folder: str) -> "RunIdentity":
-        """Return the identity of the run that has begun in a folder, or a new one."""
+        """Return the identity of the run that was started in a folder, or a new one."""
         try:
             keys = [entry.run_key for entry in read_entries(folder) if entry.run_key]
         except OSError:
@@ -42,33 +42,33 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One worker of a run. torch.distributed is up already where `world_size` is more than 1."""
+    """One worker of a run. If `world_size` is more than 1, torch.distributed is initialised."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Number of this worker on its node; the number of its GPU."""
+    """Number of this worker on its node, and of its GPU."""
     launcher: str
     """`ray`, `torchrun` or `local`."""
     progress: Callable[[dict[str, Any]], None]
-    """Takes progress events on rank 0; never blocks."""
+    """Receives progress events on rank 0; never blocks."""
     run: RunIdentity
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What the launcher shows when a run has ended; also `result.json` in the run folder."""
+    """The result of a finished run. The launcher shows it; `result.json` in the run folder stores it."""
 
     name: str
     folder: str
     steps: int
     seconds: float
     evaluations: tuple[Mapping[str, Any], ...]
-    """`EvaluationRecord`s as plain values: untouched, majority, and the run's own, in order."""
+    """`EvaluationRecord`s as plain values, in order: untouched, majority, and those of the run."""
     bundles: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str = ""
     trackers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """tracker -> what finds the run there; `title`, `where` and `command` are for people."""
+    """tracker -> the keys that identify the run there; `title`, `where` and `command` are for people."""
     trained_parameters: int = 0
     total_parameters: int = 0
 
@@ -78,8 +78,8 @@ def ignore(_event: dict[str, Any]) -> None:
 
 
 def user_error(kind: str, message: str, is_transient: bool = False) -> HyperscaleError:
-    """Return the error that a worker raised in another process, by its class's name."""
-    kinds = {found.__name__: found for found in HyperscaleError.__subclasses__()}
+    """Recreate an error that a worker raised in another process; `kind` is the name of its class."""
+    kinds = {error.__name__: error for error in HyperscaleError.__subclasses__()}
     return kinds.get(kind, HyperscaleError)(message, is_transient=is_transient)
 
 
@@ -99,7 +99,7 @@ def read_result(folder: str) -> RunResult:
     try:
         values = json.loads(place.fs.cat_file(place.path))
     except FileNotFoundError as error:
-        raise HyperscaleError(f"{folder} holds no finished run: there is no {RESULT}") from error
+        raise HyperscaleError(f"{folder} contains no finished run: there is no {RESULT}") from error
     if "mlflow" in values:
         values["trackers"] = places_of_old_result(values.pop("mlflow"))
     return RunResult(**{**values, "evaluations": tuple(values["evaluations"])})

@@ -1,4 +1,4 @@
-"""The last page of a run in the terminal."""
+"""The summary of a finished run in the terminal."""
 
 import os
 import shlex
@@ -20,7 +20,7 @@ from hyperscale.training.evaluation import MAJORITY, UNTOUCHED, VALIDATION
 
 
 def show(result: RunResult) -> None:
-    """Print the scores beside the baselines, where everything lies, and what to do next."""
+    """Print the scores next to the baselines, the places of all outputs, and the next commands."""
     records = [EvaluationRecord(**record) for record in result.evaluations]
     places = {"run folder": _nearby(result.folder), "checkpoint": _nearby(result.checkpoint)}
     if result.bundles:
@@ -43,7 +43,7 @@ def show(result: RunResult) -> None:
 
 
 def print_scores(records: Sequence[EvaluationRecord]) -> None:
-    """Print the last record's main scores beside the majority class, and all of them where a task has several."""
+    """Print the main scores of the last record next to the majority class; then all scores if a task has several."""
     console, scored = Console(), records[-1]
     console.print(final_table(scored, majority=_last(records, MAJORITY)))
     if any(len(scores) > 1 for scores in scored.scores.values()):
@@ -59,7 +59,7 @@ def _next_commands(result: RunResult) -> list[tuple[str, str]]:
     commands = []
     activate = Path(sys.executable).with_name("activate")
     if activate.exists() and shutil.which("hyperscale") != str(activate.with_name("hyperscale")):
-        commands.append((f"source {shlex.quote(_nearby(str(activate)))}", "once in this shell"))
+        commands.append((f"source {shlex.quote(_nearby(str(activate)))}", "run once in this shell"))
     if result.bundles:
         bundle = next(iter(result.bundles.values()))
         if not open_place(bundle).is_local:
@@ -67,7 +67,7 @@ def _next_commands(result: RunResult) -> list[tuple[str, str]]:
             commands.append((command, "write the bundles to this machine"))
             bundle = f"bundles/{open_place(bundle).name}"
         command = f"hyperscale predict {shlex.quote(_nearby(bundle))} --input rows.jsonl --output answers.jsonl"
-        commands.append((command, f"answer rows of your own{_columns(bundle)}"))
+        commands.append((command, f"answer your own rows{_columns(bundle)}"))
     for name, place in result.trackers.items():
         if place.get("command"):
             commands.append((_nearby_within(place["command"]), f"see the run in {place.get('title', name)}"))
@@ -76,7 +76,7 @@ def _next_commands(result: RunResult) -> list[tuple[str, str]]:
 
 
 def _columns(bundle: str) -> str:
-    """Say which columns a bundle's rows need, where the bundle can be read from here."""
+    """Return a clause that names the columns of a bundle's rows, or "" if this process cannot read the bundle."""
     try:
         columns = templates.parse(read_manifest(Path(bundle)).task.input).columns
     except (BundleError, OSError):
@@ -85,10 +85,10 @@ def _columns(bundle: str) -> str:
 
 
 def _nearby(path: str) -> str:
-    """Return a path below the working directory relative to it: shorter, and as good to copy."""
+    """Return a path relative to the working directory if it is below it; it is shorter to copy."""
     return os.path.relpath(path) if path.startswith(f"{Path.cwd()}{os.sep}") else path
 
 
 def _nearby_within(text: str) -> str:
-    """Return a text with the paths below the working directory relative to it."""
+    """Return a text in which paths below the working directory are relative to it."""
     return text.replace(f"{Path.cwd()}{os.sep}", "")

@@ -1,4 +1,4 @@
-"""`hyperscale plan`: what a recipe needs on a machine that need not be there, without a weight being read."""
+"""`hyperscale plan`: what a recipe needs on a given machine. Neither the machine nor the weights are used."""
 
 import json
 from collections.abc import Mapping
@@ -18,28 +18,28 @@ from hyperscale.planning.run_plan import Machine, RunPlan, plan_run
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of the command; None = not given."""
+    """Options of the command; None = not set."""
 
     gpus: int | None
     nodes: int
     gpu_memory: int | None
     """Bytes."""
     bandwidth: float | None
-    """GB a second that one rank receives."""
+    """GB per second that one rank receives."""
     rate: float | None
-    """TFLOP a second that one rank sustains."""
+    """TFLOP per second that one rank sustains."""
 
 
-def plan_recipe(recipe: Recipe, asked: PlanOptions) -> RunPlan:
-    """Plan a recipe, on `asked.gpus` GPUs or as its own cluster section says.
+def plan_recipe(recipe: Recipe, options: PlanOptions) -> RunPlan:
+    """Plan a recipe on `options.gpus` GPUs, or on the workers of its cluster section.
 
     Raises:
-        HyperscaleError: the backbone or its configuration cannot be used, or the numbers do not agree.
+        HyperscaleError: the backbone or its configuration cannot be used, or the numbers do not match.
     """
-    ranks = asked.gpus or recipe.cluster.workers
-    if ranks % asked.nodes:
-        raise ConfigError(f"--nodes {asked.nodes}: {ranks} ranks cannot be spread evenly over them")
-    is_gpu = asked.gpus is not None or recipe.cluster.gpus_per_worker > 0
+    ranks = options.gpus or recipe.cluster.workers
+    if ranks % options.nodes:
+        raise ConfigError(f"--nodes {options.nodes}: {ranks} ranks cannot be spread evenly over them")
+    is_gpu = options.gpus is not None or recipe.cluster.gpus_per_worker > 0
     changes: dict[str, Any] = {}
     if ranks != recipe.cluster.workers:
         cluster = recipe.cluster.model_copy(update={"workers": ranks})
@@ -50,22 +50,22 @@ def plan_recipe(recipe: Recipe, asked: PlanOptions) -> RunPlan:
         changes["backbone"] = recipe.backbone.model_copy(update={"attention": "sdpa"})
     planned = recipe.model_copy(update=changes)
     folder = open_shapes(planned.backbone)
-    bandwidth = asked.bandwidth and asked.bandwidth * 1e9
-    rate = asked.rate and asked.rate * 1e12
-    memory = asked.gpu_memory or _memory_here(is_gpu, ranks // asked.nodes)
-    machine = Machine("cuda" if is_gpu else "cpu", ranks, asked.nodes, memory, bandwidth, rate)
+    bandwidth = options.bandwidth and options.bandwidth * 1e9
+    rate = options.rate and options.rate * 1e12
+    memory = options.gpu_memory or _memory_here(is_gpu, ranks // options.nodes)
+    machine = Machine("cuda" if is_gpu else "cpu", ranks, options.nodes, memory, bandwidth, rate)
     return plan_run(planned, folder, read_sharding(planned, ranks, machine.device, machine.nodes), machine)
 
 
 def _memory_here(is_gpu: bool, ranks_a_node: int) -> int | None:
-    """Return what one rank would have on this machine, if it has such devices."""
+    """Return the memory of one rank on this machine in bytes, or None if it has no such device."""
     if is_gpu:
         return free_memory(torch.device("cuda", 0))[1] if torch.cuda.is_available() else None
     return free_memory(torch.device("cpu"))[0] // ranks_a_node
 
 
 def render_json(plan: RunPlan) -> str:
-    """Return the plan as JSON; bytes, seconds and counts."""
+    """Return the plan as JSON, in bytes, seconds and counts."""
     values = asdict(plan)
     for key in ("memory", "other"):
         values[key] |= {"resident": sorted(values[key]["resident"]), "total": getattr(plan, key).total}
@@ -77,7 +77,7 @@ def render_json(plan: RunPlan) -> str:
 
 
 def render_text(plan: RunPlan, recipe: Recipe) -> str:
-    """Return the plan for a terminal."""
+    """Return the plan as text for a terminal."""
     machine, memory = plan.machine, plan.memory
     kind = "GPUs" if machine.device == "cuda" else "CPU ranks"
     title = (
@@ -91,11 +91,11 @@ def render_text(plan: RunPlan, recipe: Recipe) -> str:
         lines.append(f"  {verdict} in {format_size(machine.memory)}, of which a tenth is left alone")
         lines.append(f"  the largest micro-batch that fits, nothing resident: {plan.largest_micro_batch}")
     share = 100 * plan.resident_numel / plan.backbone_parameters
-    turned = "without" if plan.checkpointed else "with"
+    alternative = "without" if plan.checkpointed else "with"
     other = plan.other
     lines.append(f"  resident ({recipe.engine.resident}): {len(memory.resident)} parts, {share:.0f} % of the backbone")
     lines.append(
-        f"  {turned} activation checkpointing: {format_size(other.total)} in all, "
+        f"  {alternative} activation checkpointing: {format_size(other.total)} in all, "
         f"activations {format_size(other.items['activations'])}"
     )
     lines += ["", "host memory of one node", *_table(plan.host), _total(sum(plan.host.values()))]

@@ -1,8 +1,8 @@
-"""`predictions/<stage>.jsonl` in the run folder: every scored row with its answer, for whoever asks what went wrong.
+"""`predictions/<stage>.jsonl` in the run folder: every scored row with its answer, to see what went wrong.
 
     {"task": "tweets", "input": "Tweet: …", "reference": " positive", "prediction": " negative"}
 
-The newest evaluation of a stage replaces the one before.
+A new evaluation of a stage replaces the previous one.
 """
 
 import json
@@ -17,7 +17,7 @@ from hyperscale.training.evaluation import split_of
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """One task's rows in the order of its split."""
+    """One task's references and predictions, in the order of its split."""
 
     references: tuple[str, ...]
     predictions: tuple[str, ...]
@@ -39,7 +39,7 @@ def write_predictions(folder: str, corpus: Corpus, stage: str, answers: Mapping[
 
 
 def read_predictions(folder: str, stage: str) -> dict[str, TaskAnswers]:
-    """Return task -> answers of a run's newest evaluation of a stage.
+    """Return task -> answers from a run's newest evaluation of a stage.
 
     Raises:
         HyperscaleError: the run has not scored that stage.
@@ -48,14 +48,14 @@ def read_predictions(folder: str, stage: str) -> dict[str, TaskAnswers]:
     try:
         text = place.fs.cat_file(place.path).decode()
     except FileNotFoundError as error:
-        raise HyperscaleError(f"{folder} holds no {stage} predictions: {place} is missing") from error
+        raise HyperscaleError(f"{folder} contains no {stage} predictions: {place} is missing") from error
     pairs: dict[str, list[tuple[str, str]]] = {}
     for line in text.strip().split("\n"):
         row = json.loads(line)
         pairs.setdefault(row["task"], []).append((row["reference"], row["prediction"]))
     return {
-        task: TaskAnswers(tuple(reference for reference, _ in found), tuple(prediction for _, prediction in found))
-        for task, found in pairs.items()
+        task: TaskAnswers(tuple(reference for reference, _ in answers), tuple(prediction for _, prediction in answers))
+        for task, answers in pairs.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, found before any worker starts: backbone, tasks, rows, sites, DeepSpeed JSON."""
+"""Checks a recipe before any worker starts: backbone, tasks, rows, sites, DeepSpeed JSON."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hyperscale.model.task_encoders.registry import blank_features
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a recipe comes to."""
+    """The sizes that a valid recipe resolves to."""
 
     backbone_parameters: int
     trained_parameters: int
@@ -27,13 +27,15 @@ class Preflight:
     """task -> training and validation rows."""
 
 
-def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
-    """Open, read and build everything but weights and workers; fetches the backbone and the packaged data if need be.
+def check_recipe(recipe: Recipe, report_phase: Callable[[str], None]) -> Preflight:
+    """Open, read and build everything except weights and workers. Fetches the backbone and packaged data if needed.
+
+    `report_phase` receives the name of each phase as it starts.
 
     Raises:
-        HyperscaleError: the first thing that is wrong, in one message.
+        HyperscaleError: the first problem, in one message.
     """
-    say("opening the backbone")
+    report_phase("opening the backbone")
     folder = open_backbone(recipe.backbone)
     empty = build_empty(folder, recipe.backbone)
     blueprint = Blueprint.of_backbone(empty, folder.architecture, recipe.adaptation.adapters)
@@ -41,7 +43,7 @@ def check_recipe(recipe: Recipe, say: Callable[[str], None]) -> Preflight:
         require_peft_support(blueprint.site_map, folder.architecture)
     if recipe.engine.kind == "zero":
         complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
-    say("reading the tasks")
+    report_phase("reading the tasks")
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     corpus = load_corpus(
         recipe.data,

@@ -1,4 +1,4 @@
-"""One run on one rank: its place in the data, its scores so far, its checkpoints and its listeners."""
+"""One run on one rank: its position in the data, its scores, its checkpoints and its listeners."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ class Session:
 
 
 class LastStep:
-    """Knows the newest step, so that a run that fails can say how far it came."""
+    """Records the newest step, so that a failed run can report how far it came."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -70,7 +70,7 @@ class LastStep:
 
 
 class TrainingRun:
-    """The state of one run that is not in the engine: its evaluations so far, its place in the data, its listeners."""
+    """The state of one run outside the engine: its evaluations, its position in the data, its listeners."""
 
     def __init__(
         self,
@@ -94,11 +94,11 @@ class TrainingRun:
 
     @property
     def last_step(self) -> int:
-        """The newest whole step; known on rank 0."""
+        """The newest complete step; known on rank 0."""
         return self._last_step.step
 
     def train(self) -> None:
-        """Score the untouched backbone once, run the remaining steps, and score the test splits if asked to."""
+        """Score the untouched backbone once, run the remaining steps, and score the test splits if enabled."""
         recipe = self.session.recipe
         if self.session.is_first:
             place = open_place(recipe.output).child(RECIPE)
@@ -139,7 +139,7 @@ class TrainingRun:
         )
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint on rank 0; the other ranks wait, so that no rank runs ahead of what is safe."""
+        """Commit a checkpoint on rank 0. The other ranks wait, so that none continues before the checkpoint is safe."""
         if self.session.is_first:
             state = {
                 "loader": self.loader.state(),
@@ -193,13 +193,13 @@ class TrainingRun:
 
 @contextmanager
 def notifying_listeners(run: TrainingRun) -> Iterator[list[RunOutcome]]:
-    """Notify the listeners of the run's start and of how it ended, whatever happens in between."""
+    """Notify the listeners of the run's start and of its end, even if it fails."""
     start = time.monotonic()
     outcome: list[RunOutcome] = []
     started: list[Callback] = []
     try:
         for callback in run.callbacks:
-            started.append(callback)  # one whose start fails may hold something already
+            started.append(callback)  # first, because a callback whose start fails may already hold resources
             callback.on_run_start(run.facts())
         yield outcome
     except BaseException as error:

@@ -1,6 +1,6 @@
-"""The composition root: builds every object of a run and puts them together, under any launcher alike.
+"""The composition root: builds and connects every object of a run, in the same way under any launcher.
 
-Engine and trackers are chosen by name and imported when chosen, so that a machine needs only what its recipe uses.
+Engine and trackers are imported only when a recipe names them, so a machine needs only what its recipe uses.
 """
 
 import os
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
+from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import check_same_rows, load_corpus
 from hyperscale.data.descriptions import DescriptionBatch, encode_descriptions
@@ -54,7 +55,7 @@ _logger = get_logger(__name__)
 def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
     """Train, evaluate and export on this rank; every worker of the run calls this with the same recipe.
 
-    Continues from the newest whole checkpoint in the run folder, if there is one.
+    It continues from the newest complete checkpoint in the run folder, if there is one.
 
     Returns:
         The result on rank 0, which is also written to the run folder; None elsewhere.
@@ -74,7 +75,7 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
 def evaluate_worker(
     recipe: Recipe, context: WorkerContext, checkpoint: Checkpoint, stage: str
 ) -> list[EvaluationRecord]:
-    """Score a checkpoint's tasks again, beside the majority class; every worker of the group calls this."""
+    """Score the tasks of a checkpoint and the majority class again; every worker of the group calls this."""
     session = _open_session(recipe, context, may_lack_test=True)
     check_manifest(checkpoint.manifest, session.manifest)
     session.engine.load_state(checkpoint.tensors)
@@ -86,7 +87,7 @@ def evaluate_worker(
 
 def _open_session(recipe: Recipe, context: WorkerContext, may_lack_test: bool = False) -> Session:
     set_up_logging(rank=context.rank)
-    device = _device(recipe, context)
+    device = _device(recipe.cluster, context)
     sender = ProgressSender(context.progress)
     sender.phase("opening the backbone")
     folder = open_backbone(recipe.backbone)
@@ -125,18 +126,18 @@ def _open_session(recipe: Recipe, context: WorkerContext, may_lack_test: bool = 
     return Session(recipe, context, corpus, engine, sender, store, manifest)
 
 
-def _device(recipe: Recipe, context: WorkerContext) -> torch.device:
-    if recipe.cluster.gpus_per_worker:
+def _device(cluster: ClusterSettings, context: WorkerContext) -> torch.device:
+    if cluster.gpus_per_worker:
         if not torch.cuda.is_available():
             raise EngineError(
-                f"cluster.gpus_per_worker is {recipe.cluster.gpus_per_worker:g}, but worker {context.rank} sees no "
+                f"cluster.gpus_per_worker is {cluster.gpus_per_worker:g}, but worker {context.rank} sees no "
                 "CUDA device; set it to 0 to run on CPUs, or install a torch that fits the driver (hyperscale doctor)"
             )
-        # Ray shows each worker its own GPU alone; torchrun shows all of them to each.
+        # Under Ray a worker sees only its own GPU; under torchrun it sees all GPUs of the node.
         torch.cuda.set_device(context.local_rank if torch.cuda.device_count() > context.local_rank else 0)
         return torch.device("cuda", torch.cuda.current_device())
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for others, and warns that it found none
-    torch.set_num_threads(max(1, int(recipe.cluster.cpus_per_worker)))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed searches for other devices and warns
+    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     return torch.device("cpu")
 
 
@@ -148,12 +149,15 @@ def build_engine(
     num_tasks: int,
     descriptions: DescriptionBatch | None = None,
 ) -> Engine:
-    """Load the backbone and join it to a new generator; every rank must call this.
+    """Load the backbone and connect it to a new generator; every rank must call this.
 
-    `descriptions`: of all tasks, for a task encoder that reads them; the backbone itself turns them into features.
+    Args:
+        descriptions: of all tasks, for a task encoder that reads them. The backbone turns them into features.
 
     Raises:
-        BackboneError, EngineError, ConfigError: as the recipe and the backbone's folder deserve.
+        BackboneError: the backbone's folder cannot be used.
+        EngineError: the engine cannot run on this machine.
+        ConfigError: a setting does not fit the backbone or the engine.
     """
     deepspeed_engine: DeepSpeedEngine | None = None
     backbone: nn.Module
@@ -193,7 +197,7 @@ def build_engine(
 
 
 def _newest_checkpoint(session: Session) -> Checkpoint | None:
-    """Load the newest whole checkpoint; rank 0 says which, since an object store may list differently elsewhere."""
+    """Load the newest complete checkpoint. Rank 0 chooses it, because object stores may list files differently."""
     collective = session.engine.collective
     if session.is_first:
         session.store.sweep()
@@ -208,7 +212,7 @@ def _newest_checkpoint(session: Session) -> Checkpoint | None:
 
 
 def record_failed_run(recipe: Recipe, run: RunIdentity, message: str) -> None:
-    """Record that a run has failed whose rank 0 could not say so itself; for the driver."""
+    """Record a failed run whose rank 0 could not record it; the driver calls this."""
     outcome = RunOutcome("failed", _last_step(recipe.output), 0.0, message=message[:500])
     record_end(recipe.tracking, str(open_place(recipe.output).parent), run.key, outcome)
 
@@ -221,7 +225,7 @@ def _last_step(folder: str) -> int:
 
 
 def record_comparison_run(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
-    """Record a comparison beside the runs of `recipe`; for the driver."""
+    """Record a comparison in the trackers of `recipe`; the driver calls this."""
     record_comparison(recipe.tracking, str(open_place(recipe.output).parent), name, metrics, files)
 
 
@@ -236,7 +240,7 @@ def _listeners(session: Session) -> Sequence[Callback]:
 
 
 def _export(session: Session) -> dict[str, str]:
-    """Write the bundles of the newest checkpoint on rank 0; to an object store by way of a temporary folder."""
+    """Write the bundles of the newest checkpoint on rank 0; an object store gets them through a temporary folder."""
     if not session.is_first:
         return {}
     session.sender.phase("exporting the bundles")
