@@ -105,7 +105,7 @@ def adapting(
         site_by_site: without gradients, generate each site's weights when it first acts, so that the fp32 weights of
             all sites never exist at once. With gradients every site's weights stay for the backward pass anyway.
     """
-    device = next(generator.parameters()).device
+    device = next((parameter.device for parameter in generator.parameters()), tasks.device)  # bundles have none
     known, inverse = torch.unique(tasks, return_inverse=True)
     slots = None if len(known) == 1 else inverse.to(device)
     if site_by_site and not torch.is_grad_enabled():
