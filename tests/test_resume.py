@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hyperscale.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint
+from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.data.loader import TrainLoader
@@ -161,6 +161,35 @@ def test_a_checkpoint_of_another_site_map_is_refused(runs: Runs, tmp_path: Path)
     with pytest.raises(CheckpointError, match="belongs to another run: the site map had") as refused:
         train_in_process(recipe, resume=True)
     assert "Use the recipe.yaml beside the checkpoint" in str(refused.value)
+
+
+def test_a_step_that_is_scored_and_saved_is_saved_once(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The last step is saved before and after its scores; a stop during an earlier scoring repeats that step."""
+    training = runs.resumed.training.model_dump() | {"evaluate_every": 1, "checkpoint_every": 1}
+    recipe = continued(runs, tmp_path / "once", training=training)
+    saved: list[tuple[int, int]] = []
+    save, call = CheckpointStore.save, Evaluator.__call__
+
+    def note(store: CheckpointStore, checkpoint: Checkpoint) -> str:
+        saved.append((checkpoint.step, max(record["step"] for record in checkpoint.state["evaluations"])))
+        return save(store, checkpoint)
+
+    def stop_at_five(evaluator: Evaluator, step: int, stage: str) -> Evaluation:
+        if step == 5:
+            raise KeyboardInterrupt
+        return call(evaluator, step, stage)
+
+    monkeypatch.setattr(CheckpointStore, "save", note)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Evaluator, "__call__", stop_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train_in_process(recipe, resume=True)
+    assert saved == [(3, 3), (4, 4)]  # 3 was saved by the killed run without scores
+    saved.clear()
+    result = train_in_process(recipe, resume=True)
+    assert saved == [(5, 5), (6, 5), (6, 6)]
+    validated = [entry["step"] for entry in result.evaluations if entry["stage"] == VALIDATION]
+    assert validated == [2, 3, 4, 5, 6]
 
 
 def test_a_run_stopped_during_scoring_repeats_no_step(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -34,8 +34,9 @@ class Trainer:
     def run(self, start_step: int) -> None:
         """Step from `start_step` (steps already done) to the end; evaluates and saves at the end in any case.
 
-        What is due for both is saved before it is scored too: scoring may take longer than the steps, and a run that
-        is killed meanwhile would have to take them again. While steps are skipped nothing is saved but the last step:
+        A step that is due for both is scored first and saved once, with its scores. The last step is saved before it
+        is scored too: the final scoring is often the longest, and a run that is killed meanwhile needs no step again.
+        While steps are skipped nothing is saved but the last step:
         the update before them may be what ruined the generator, and checkpoints from before it would be removed.
 
         Raises:
@@ -59,13 +60,13 @@ class Trainer:
             saves = self._is_due(done, self.settings.checkpoint_every) and (
                 not skips.in_a_row or done == self.settings.steps
             )
+            if done == self.settings.steps:
+                self.save(done)
+            if self._is_due(done, self.settings.evaluate_every):
+                self.evaluate(done)
             if saves:
                 self.save(done)
                 skips.saved_step = done
-            if self._is_due(done, self.settings.evaluate_every):
-                self.evaluate(done)
-                if saves:
-                    self.save(done)
 
     def _record(
         self, done: int, result: StepResult, seconds: float, throughput: Throughput, skipped_steps: int
