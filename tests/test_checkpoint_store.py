@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from hyperscale.checkpoint import run_folder
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
-from hyperscale.checkpoint.run_folder import claim
+from hyperscale.checkpoint.run_folder import claim, read_owner
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.errors import CheckpointError, RunFolderError
+from hyperscale.places import Place, open_place
 
 
 def make_checkpoint(step: int) -> Checkpoint:
@@ -388,6 +391,60 @@ def test_a_lock_of_another_host_is_respected_and_a_torn_one_is_not(tmp_path: Pat
     lock.write_text('{"host": "elsewh')
     claim(str(tmp_path), resume=False).release()
     assert lock.read_text() == ""
+
+
+def foreign_lock(folder: str, lease: float | None) -> Place:
+    """Lock a run folder for a process of another host and return the lock."""
+    lock = open_place(folder).child("run.lock")
+    lock.fs.makedirs(lock.parent.path, exist_ok=True)
+    owner = {"host": "elsewhere", "pid": 1, "started": "9", "since": "yesterday"}
+    lock.fs.pipe_file(lock.path, json.dumps(owner | ({} if lease is None else {"lease": lease})).encode())
+    return lock
+
+
+def test_the_lock_of_another_host_ends_with_its_lease(folder: str) -> None:
+    foreign_lock(folder, lease=600)
+    with pytest.raises(RunFolderError, match=r"on elsewhere.*wait 10 minutes or delete .*run.lock"):
+        claim(folder, resume=False)
+    foreign_lock(folder, lease=0.2)
+    foreign_lock(f"{folder}-older", lease=None)
+    time.sleep(0.3)
+    with claim(folder, resume=False) as claimed:
+        assert read_owner(open_place(folder)) == claimed.owner
+    with pytest.raises(RunFolderError, match=r"on elsewhere.*delete .*run.lock"):
+        claim(f"{folder}-older", resume=False)
+    assert [place.name for place in open_place(folder).children() if place.name.startswith(".clock")] == []
+
+
+def test_the_owner_refreshes_its_lock_and_stops_when_it_is_taken(
+    folder: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_folder, "_REFRESH_SECONDS", 0.02)
+    place = open_place(folder)
+    lock = place.child("run.lock")
+    with claim(folder, resume=False):
+        store = CheckpointStore(folder, keep=2)
+        store.save(make_checkpoint(1))
+        first = lock.fs.modified(lock.path)
+        deadline = time.monotonic() + 10
+        while lock.fs.modified(lock.path) == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert [thread for thread in threading.enumerate() if thread.name == "hyperscale-lease"] == []
+
+    def lose() -> None:
+        with claim(folder, resume=True):
+            late = CheckpointStore(folder, keep=2)
+            foreign_lock(folder, lease=600)
+            with pytest.raises(RunFolderError, match=r"taken over: process 1 on elsewhere.*output="):
+                late.save(make_checkpoint(2))
+            while any(thread.name == "hyperscale-lease" for thread in threading.enumerate()):
+                time.sleep(0.02)
+
+    with pytest.raises(RunFolderError, match=r"was taken over: process 1 on elsewhere"):
+        lose()
+    assert len(CheckpointStore(folder, keep=2).list()) == 1
+    assert b"elsewhere" in lock.fs.cat_file(lock.path)
 
 
 def test_unusable_places_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from hyperscale.checkpoint.layout import (
     parse_name,
     whole_checkpoints,
 )
+from hyperscale.checkpoint.run_folder import check_owner, read_owner
 from hyperscale.errors import CheckpointError
 from hyperscale.logger import get_logger
 from hyperscale.places import Place, open_place
@@ -67,13 +68,15 @@ class CheckpointStore:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least the newest checkpoint has to stay")
         self._run = open_place(folder)
+        self._owner = read_owner(self._run)
         self._keep = keep
 
     def save(self, checkpoint: Checkpoint) -> str:
         """Commit a checkpoint and return its path. Rank 0 only.
 
         A failed write is repeated twice, after 1 and 5 seconds: object stores and network file systems fail now and
-        then. `CheckpointError`, marked as transient, if the third attempt fails too.
+        then. `CheckpointError`, marked as transient, if the third attempt fails too. `RunFolderError` if another run
+        has taken the folder since this store was made.
 
         A checkpoint that holds NaN or infinity is refused before anything is written: it would push out the last one
         that a run can continue from.
@@ -105,6 +108,7 @@ class CheckpointStore:
                     )
 
     def _save(self, checkpoint: Checkpoint) -> str:
+        check_owner(self._run, self._owner)
         self.sweep()
         target = self._run.child(CHECKPOINTS).child(self._free_name(checkpoint.step))
         if target.is_local:
