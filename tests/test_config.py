@@ -16,7 +16,7 @@ from hyperscale.config.loading import (
     load_recipe,
     packaged_recipes,
     parse_recipe,
-    portable_recipe,
+    recipe_without_destinations,
     shareable_recipe,
     with_tracking_secrets,
 )
@@ -346,9 +346,9 @@ def test_a_recipe_that_others_read_has_no_password(uri: str, tmp_path: Path, mon
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
     recipe = load_recipe(write(tmp_path, tracking={"mlflow": {"uri": uri}}))
-    for values in (shareable_recipe(recipe), portable_recipe(recipe)):
+    for values in (shareable_recipe(recipe), recipe_without_destinations(recipe)):
         assert "er2" not in json.dumps(values)
-    assert portable_recipe(recipe).keys() == dump_recipe(recipe).keys() - {"output", "tracking"}
+    assert recipe_without_destinations(recipe).keys() == dump_recipe(recipe).keys() - {"output", "tracking"}
     stored = parse_recipe(shareable_recipe(recipe), "stored")
     with pytest.raises(ConfigError, match=r"run folders hold no passwords.*Set MLFLOW_TRACKING_URI"):
         with_tracking_secrets(stored)

@@ -256,7 +256,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         (["--gpus", "0"], "--gpus 0: must be more than 0"),
         (["--gpus", "8", "--nodes", "3"], "--nodes 3: 8 ranks cannot be spread evenly over them"),
-        (["--gpu-memory", "lots"], "--gpu-memory: 'lots' is no amount of memory: write a number and a unit"),
+        (["--gpu-memory", "lots"], "--gpu-memory: 'lots' is not an amount of memory: write a number and a unit"),
         (["engine.resident=some"], "'some' is not allowed: must be one of auto, none, all, or an amount of memory"),
     ],
 )
@@ -274,7 +274,7 @@ def test_sizes() -> None:
         *(500 * 2**20, 2 * 2**30, 80 * 10**9, 1536, 7),
     ]
     for text in ("", "12", "GiB", "-1GiB", "1XiB"):
-        with pytest.raises(ValueError, match="is no amount of memory"):
+        with pytest.raises(ValueError, match="is not an amount of memory"):
             parse_size(text)
     assert [format_size(size) for size in (7, 1536, 3 * 2**30)] == ["7 B", "1.5 KiB", "3.0 GiB"]
 

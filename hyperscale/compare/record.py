@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
-from hyperscale.config.loading import portable_recipe
+from hyperscale.config.loading import recipe_without_destinations
 from hyperscale.config.run import Recipe
 from hyperscale.data.metrics import comparable, positive_answer
 from hyperscale.data.tasks import MetricName, Task
@@ -68,7 +68,7 @@ def record_run(recipe: Recipe, result: RunResult, split: str | None) -> RunRecor
     folder = recipe.output
     steps = [entry.record for entry in read_entries(folder) if isinstance(entry.record, StepRecord)]
     return RunRecord(
-        recipe=portable_recipe(recipe),
+        recipe=recipe_without_destinations(recipe),
         validation=_main_scores(result),
         answers=_answers(folder, split) if split else {},
         trained_parameters=result.trained_parameters,
@@ -80,7 +80,7 @@ def record_run(recipe: Recipe, result: RunResult, split: str | None) -> RunRecor
 
 def changed_setting(was: Recipe, now: Recipe) -> str | None:
     """Name the first setting in which two runs differ, and its values; None where they do the same."""
-    before, after = flatten(portable_recipe(was)), flatten(portable_recipe(now))
+    before, after = flatten(recipe_without_destinations(was)), flatten(recipe_without_destinations(now))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return f"{changed[0]} was {before.get(changed[0])}, is {after.get(changed[0])}" if changed else None
 

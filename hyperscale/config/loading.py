@@ -51,8 +51,8 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
-_ELSEWHERE = ("output", "tracking")
-"""Parts of a recipe that say where a run leaves things, and nothing of what it does."""
+_DESTINATIONS = ("output", "tracking")
+"""The sections that name where a run writes. They do not change what it computes."""
 
 
 def load_recipe(
@@ -130,9 +130,9 @@ def shareable_recipe(recipe: Recipe) -> dict[str, Any]:
     return shareable
 
 
-def portable_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return what a recipe has a run do, without where it leaves things and without secrets: for bundles, records."""
-    return {key: value for key, value in shareable_recipe(recipe).items() if key not in _ELSEWHERE}
+def recipe_without_destinations(recipe: Recipe) -> dict[str, Any]:
+    """Return the resolved recipe as plain values without secrets and destinations, for bundles and records."""
+    return {key: value for key, value in shareable_recipe(recipe).items() if key not in _DESTINATIONS}
 
 
 def render_recipe(values: Mapping[str, Any]) -> str:
@@ -144,7 +144,7 @@ def with_tracking_secrets(recipe: Recipe) -> Recipe:
     """Give a recipe read from a run folder the trackers' secrets back, from the environment.
 
     Raises:
-        ConfigError: a secret is missing; says where to put it.
+        ConfigError: a secret is missing; the message names its variable.
     """
     return recipe.model_copy(update={"tracking": recipe.tracking.with_secrets()})
 

@@ -16,14 +16,14 @@ _UNITS = {
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that `text` says.
+    """Return `text` as a number of bytes.
 
     Raises:
         ValueError: not a number with a unit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", text.strip(), flags=re.IGNORECASE)
     if not match:
-        raise ValueError(f"'{text}' is no amount of memory: write a number and a unit, such as 500MiB or 2GiB")
+        raise ValueError(f"'{text}' is not an amount of memory: write a number and a unit, such as 500MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

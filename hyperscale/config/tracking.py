@@ -26,7 +26,7 @@ class TrackerSettings(Section):
         """Return settings that were read from the records of a run with their secrets, from the environment.
 
         Raises:
-            ConfigError: a secret is missing; says where to put it.
+            ConfigError: a secret is missing; the message names its variable.
         """
         return self
 

@@ -37,7 +37,7 @@ class BundleBackbone(Section):
 
 
 class BundleManifest(Section):
-    """What `hyperscale.json` says."""
+    """The contents of `hyperscale.json`."""
 
     version: Literal[1] = FORMAT_VERSION
     format: Literal["peft", "native"]

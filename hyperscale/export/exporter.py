@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.checkpoint.store import Checkpoint
-from hyperscale.config.loading import parse_recipe, portable_recipe, render_recipe
+from hyperscale.config.loading import parse_recipe, recipe_without_destinations, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.tasks import Task
 from hyperscale.errors import BundleError, nearest
@@ -190,7 +190,7 @@ def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> N
         write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype, revision)
     else:
         write_native(folder, weights, dtype)
-    (folder / "recipe.yaml").write_text(render_recipe(portable_recipe(recipe)), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(render_recipe(recipe_without_destinations(recipe)), encoding="utf-8")
     write_manifest(folder, _manifest(trained, index, format))
 
 
