@@ -354,3 +354,5 @@ def test_a_recipe_that_others_read_has_no_password(uri: str, tmp_path: Path, mon
         with_tracking_secrets(stored)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert with_tracking_secrets(stored) == with_tracking_secrets(recipe) == recipe
+    # What a child process is given suffices it.
+    assert recipe.tracking.secret_variables() == {"MLFLOW_TRACKING_URI": uri}

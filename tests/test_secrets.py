@@ -2,7 +2,7 @@
 
 import pytest
 
-from hyperscale.config.secrets import is_masked, without_credentials
+from hyperscale.config.secrets import is_masked, with_quoted_credentials, without_credentials
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,17 @@ def test_nested_values_and_secret_keys_are_masked() -> None:
         "tracking": {"places": ["http://***@h", "user@host", 3, ["http://***@h"]], "api_key": "***", "password": None},
         "storage": {"aws_secret": "***", "db_password": "${DB_PASSWORD}", "max_new_tokens": 8, "pad_token": "x"},
     }
+
+
+@pytest.mark.parametrize(
+    ("uri", "quoted"),
+    [
+        ("http://user:p@ss/w0rd@host:5000", "http://user:p%40ss%2Fw0rd@host:5000"),
+        ("http://user:p%40ss%2Fw0rd@host:5000", "http://user:p%40ss%2Fw0rd@host:5000"),
+        ("postgresql://user:a#b?c@host/db?user=x", "postgresql://user:a%23b%3Fc@host/db?user=x"),
+        ("http://host:5000/path@v2", "http://host:5000/path@v2"),
+        ("sqlite:////data/a@b/mlflow.db", "sqlite:////data/a@b/mlflow.db"),
+    ],
+)
+def test_clients_find_the_host_after_any_password(uri: str, quoted: str) -> None:
+    assert with_quoted_credentials(uri) == quoted

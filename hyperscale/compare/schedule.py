@@ -16,7 +16,14 @@ from typing import Any
 from hyperscale.compare.record import RunRecord, changed_setting, read_record, record_run, write_record
 from hyperscale.compare.runners import RunRecipe
 from hyperscale.config.comparison import Comparison, Method
-from hyperscale.config.loading import dump_recipe, load_recipe, parse_recipe, render_recipe
+from hyperscale.config.loading import (
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    render_recipe,
+    shareable_recipe,
+    with_tracking_secrets,
+)
 from hyperscale.config.run import Recipe
 from hyperscale.config.yaml_file import read_mapping
 from hyperscale.errors import ConfigError, HyperscaleError, RunFolderError, nearest
@@ -199,7 +206,7 @@ def _done(trial: FinishedTrial) -> Future[FinishedTrial]:
 
 
 def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: int) -> Trial:
-    """Return the recipes of one trial, with absolute paths."""
+    """Return the recipes of one trial, with absolute paths and the secrets of their trackers."""
     name = f"{method}_lr{learning_rate:g}_seed{seed}"
     settings: dict[str, Any] = {
         **comparison.settings,
@@ -213,7 +220,7 @@ def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: 
         "export.enabled": False,
     }
     try:
-        recipe = load_recipe(comparison.recipe, settings, folder=Path(comparison.folder))
+        recipe = with_tracking_secrets(load_recipe(comparison.recipe, settings, folder=Path(comparison.folder)))
     except ConfigError as error:
         raise ConfigError("\n".join(f"method {method}, {line}" for line in str(error).splitlines())) from error
     return Trial(method, learning_rate, seed, _runs_of(recipe, comparison.methods[method]))
@@ -276,8 +283,7 @@ def _finish_run(recipe: Recipe, output: Path, run: RunRecipe) -> RunResult:
     file = output / "recipes" / f"{recipe.name}.yaml"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)  # it contains the recipe's secrets, for the process that trains it
-        file.write_text(render_recipe(dump_recipe(recipe)), encoding="utf-8")
+        file.write_text(render_recipe(shareable_recipe(recipe)), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"output={output} cannot be written: {error.strerror}; choose another folder") from error
     try:

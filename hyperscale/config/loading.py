@@ -141,7 +141,7 @@ def render_recipe(values: Mapping[str, Any]) -> str:
 
 
 def with_tracking_secrets(recipe: Recipe) -> Recipe:
-    """Give a recipe read from a run folder the trackers' secrets back, from the environment.
+    """Return a recipe that was read from a run folder with the secrets of its trackers, from the environment.
 
     Raises:
         ConfigError: a secret is missing; the message names its variable.

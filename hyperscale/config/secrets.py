@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 MASK = "***"
 
@@ -13,6 +14,8 @@ _SECRET_PARAMETER = re.compile(rf"([?&;](?:[\w.-]*[_.-])?{_SECRET_NAME}=|[?&;]ss
 _SECRET_KEY = re.compile(r"(?:.*[_-])?(?:password|passwd|secret|api_?key|access_token|auth_token)", re.IGNORECASE)
 _VARIABLE = re.compile(r"(?:[^:@/\s]*:)?\$\{[A-Za-z_]\w*\}")
 _DATABASES = ("postgres", "mysql", "mariadb", "mssql", "oracle")
+_SAFE_IN_CREDENTIALS = ":%!$&'()*+,;=~"
+"""RFC 3986, section 3.2.1, and the percent sign of what is encoded already."""
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs", "az", "adl")
 
 
@@ -37,6 +40,14 @@ def is_masked(uri: str) -> bool:
     return MASK in uri
 
 
+def with_quoted_credentials(uri: str) -> str:
+    """Return a URI whose user name and password are percent-encoded, so that its clients find the host.
+
+    What is encoded already stays as it is: `p@ss/word` and `p%40ss%2Fword` give the same URI.
+    """
+    return _URI.sub(_quoted, uri)
+
+
 def _entry(key: str, value: Any) -> Any:
     if isinstance(value, str) and value and _SECRET_KEY.fullmatch(key) and not _VARIABLE.fullmatch(value):
         return MASK
@@ -49,6 +60,14 @@ def _masked(uri: re.Match[str]) -> str:
     if not separator or not _is_user(scheme.lower(), rest) or _VARIABLE.fullmatch(user):
         return uri.group()
     return f"{scheme}://{MASK}@{host}"
+
+
+def _quoted(uri: re.Match[str]) -> str:
+    scheme, rest = uri.groups()
+    user, separator, host = rest.rpartition("@")
+    if not separator or not _is_user(scheme.lower(), rest):
+        return uri.group()
+    return f"{scheme}://{quote(user, safe=_SAFE_IN_CREDENTIALS)}@{host}"
 
 
 def _is_user(scheme: str, rest: str) -> bool:

@@ -15,7 +15,7 @@ from hyperscale.errors import ConfigError
 
 
 class TrackerSettings(Section):
-    """What every tracker has. A tracker from another package derives its settings from this."""
+    """The base of every tracker's settings, also for trackers of other packages."""
 
     package: ClassVar[str] = ""
     """The package that the tracker needs."""
@@ -23,12 +23,16 @@ class TrackerSettings(Section):
     enabled: bool = False
 
     def with_secrets(self) -> Self:
-        """Return settings that were read from the records of a run with their secrets, from the environment.
+        """Return the settings with the secrets that a run folder lacks, taken from the environment.
 
         Raises:
             ConfigError: a secret is missing; the message names its variable.
         """
         return self
+
+    def secret_variables(self) -> Mapping[str, str]:
+        """Return the environment variables that give `with_secrets` in another process these settings' secrets."""
+        return {}
 
     def several_nodes_problem(self) -> str | None:
         """Say why the tracker cannot serve a run on several nodes, or return None."""
@@ -44,7 +48,7 @@ class MlflowSettings(TrackerSettings):
     uri: str | None = None
     """An MLflow server (`http://host:5000`) or database (`sqlite:////absolute/path.db`, `postgresql://…`);
     null = `mlflow.db` beside the run folder. Several nodes need a server or a shared database. `${NAME}` stands for an
-    environment variable: `postgresql://mlflow:${MLFLOW_PASSWORD}@host/mlflow`. Records keep no password."""
+    environment variable: `postgresql://mlflow:${MLFLOW_PASSWORD}@host/mlflow`. Run folders hold no password."""
     experiment: str = Field(default="hyperscale", min_length=1, max_length=500)
     run_name: str | None = None
     """null = the recipe's `name`."""
@@ -86,6 +90,10 @@ class MlflowSettings(TrackerSettings):
             "to the whole URI, or give it as tracking.mlflow.uri=… (--uri for `hyperscale track`)"
         )
 
+    def secret_variables(self) -> Mapping[str, str]:
+        holds_secret = self.uri is not None and without_credentials(self.uri) != self.uri
+        return {"MLFLOW_TRACKING_URI": self.uri} if self.uri and holds_secret else {}
+
     def several_nodes_problem(self) -> str | None:
         if self.uri is not None and not self.uri.startswith("sqlite:"):
             return None
@@ -115,9 +123,9 @@ class ProgressSettings(Section):
 
     enabled: bool = True
     interval_seconds: float = Field(default=15.0, gt=0)
-    """Without a terminal (a job's log): at least so much time between two lines."""
+    """Shortest time between two lines of a job's log (output without a terminal)."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Without a terminal: a line every so many steps instead."""
+    """In a job's log: steps between two lines, instead of `interval_seconds`."""
 
 
 TRACKER_SETTINGS: Registry[type[TrackerSettings]] = Registry("tracker", "hyperscale.trackers", {})
@@ -125,7 +133,7 @@ TRACKER_SETTINGS: Registry[type[TrackerSettings]] = Registry("tracker", "hypersc
 
 
 class TrackingSettings(Section):
-    """Everything that records or shows the run. Trackers of other packages have their settings under their own name."""
+    """Everything that records or shows the run. A tracker of another package has its settings under its own name."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -162,3 +170,9 @@ class TrackingSettings(Section):
     def with_secrets(self) -> Self:
         """Return the settings with the secrets of every enabled tracker; `ConfigError` names one that is missing."""
         return self.model_copy(update={name: one.with_secrets() for name, one in self.enabled_trackers().items()})
+
+    def secret_variables(self) -> dict[str, str]:
+        """Return the environment variables that give another process the secrets of every enabled tracker."""
+        return {
+            name: value for one in self.enabled_trackers().values() for name, value in one.secret_variables().items()
+        }

@@ -47,7 +47,7 @@ def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
 def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
     """Run a recipe, which is also `file`, as `train_in_process` does, in a process of its own that writes to `log`.
 
-    It goes on from what lies in the run folder.
+    It goes on from what lies in the run folder. `file` holds no secrets; the process finds them in its environment.
 
     Raises:
         ConfigError, ResourceError: the error that the run printed, or how its process ended.
@@ -55,7 +55,8 @@ def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
     command = [sys.executable, "-m", "hyperscale.cli", "train", str(file), "--launcher", "local", "--resume"]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        environment = os.environ | recipe.tracking.secret_variables()
+        code = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     if code == 0:
         return read_result(recipe.output)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from hyperscale.config.loading import with_tracking_secrets
 from hyperscale.config.run import Recipe
 from hyperscale.launch import torchrun
 from hyperscale.launch.local import require_one_worker, train_in_process
@@ -22,7 +23,7 @@ def start(recipe: Recipe, launcher: Launcher = "ray", resume: bool = False) -> R
     call it. The result is the same on every rank.
 
     Args:
-        recipe: the resolved recipe.
+        recipe: the resolved recipe. One from a run folder has no secrets; its trackers' come from the environment.
         launcher: who starts the workers.
         resume: continue from the newest whole checkpoint in the run folder, which may also hold none.
 
@@ -31,6 +32,7 @@ def start(recipe: Recipe, launcher: Launcher = "ray", resume: bool = False) -> R
         RunFolderError: the run folder is busy or not writable, or it holds an earlier run and `resume` is False.
         HyperscaleError: whatever else stops the run; nothing is lost that an earlier checkpoint holds.
     """
+    recipe = with_tracking_secrets(recipe)
     if torchrun.is_worker():
         return torchrun.train_as_worker(recipe, resume)
     if launcher == "local":

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hyperscale.checkpoint.manifest import check_manifest
 from hyperscale.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
-from hyperscale.config.loading import change_recipe, parse_recipe, with_tracking_secrets
+from hyperscale.config.loading import change_recipe, parse_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.config.secrets import without_credentials
 from hyperscale.errors import ConfigError
@@ -63,7 +63,7 @@ def adapted_recipe(
         "data.mixture.weights": [old_share / len(known)] * len(known) + [(1 - old_share) / len(files)] * len(files),
         "start": {"checkpoint": str(open_place(path))} | {"known_tasks": len(known), "train": train},
     }
-    return with_tracking_secrets(change_recipe(before, changes, overrides, "the adapted recipe"))
+    return change_recipe(before, changes, overrides, "the adapted recipe")
 
 
 def begin_from_known_tasks(session: Session) -> list[Mapping[str, Any] | None]:

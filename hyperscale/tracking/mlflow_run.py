@@ -1,4 +1,4 @@
-"""One run in MLflow as plain blocking calls, and how to find or create it."""
+"""One run in MLflow, as plain blocking calls, and the functions that find or create it."""
 
 import fcntl
 import getpass
@@ -16,7 +16,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
-from hyperscale.config.secrets import without_credentials
+from hyperscale.config.secrets import with_quoted_credentials, without_credentials
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError
 from hyperscale.places import is_uri, open_place
@@ -52,12 +52,12 @@ class MlflowRun:
         self._logged: dict[str, set[int]] = {}
 
     def describe(self, facts: RunFacts, tags: Mapping[str, str], artifacts: bool) -> None:
-        """Record what is known at the start: parameters, data sets, tags, recipe. May be repeated."""
+        """Record the parameters, data sets, tags and recipe. May be called again."""
         run_id = self.reference.run_id
         recipe = without_credentials(dict(facts.recipe))
         present = {key[:_KEY_LENGTH]: value[:_PARAM_LENGTH] for key, value in flatten(recipe).items()}
         logged = self._client.get_run(run_id).data.params
-        # Parameters are immutable: a resumed run adds what is missing and names the changes in a tag.
+        # MLflow's parameters cannot change. A resumed run adds the missing ones, and a tag names the changed ones.
         missing = [Param(key, value) for key, value in present.items() if key not in logged]
         changed = [f"{key}={value}" for key, value in present.items() if logged.get(key, value) != value]
         all_tags = {"hyperscale.folder": facts.folder, "hyperscale.world_size": str(facts.world_size), **tags}
@@ -78,7 +78,7 @@ class MlflowRun:
             self._client.log_batch(self.reference.run_id, metrics=metrics[first : first + _POINTS])
 
     def log_missing(self, points: Sequence[Point]) -> int:
-        """Record the points of whose key and step the run has no value yet; return how many there were."""
+        """Record the points that the run lacks, by key and step. Return their number."""
         missing = [point for point in points if point.step not in self._logged_steps(point.key)]
         self.log(missing)
         for point in missing:
@@ -128,7 +128,8 @@ class MlflowRun:
 def tracking_uri(settings: MlflowSettings, default_root: str) -> str:
     """Return the URI of the recipe with its environment variables, or that of `mlflow.db` in `default_root`.
 
-    Records keep no password. Where one is missing, `MLFLOW_TRACKING_URI` is used.
+    A URI from a run folder has no password; `MLFLOW_TRACKING_URI` has it then. User name and password are
+    percent-encoded.
 
     Raises:
         ConfigError: the URI cannot be made; says what to do.
@@ -139,7 +140,7 @@ def tracking_uri(settings: MlflowSettings, default_root: str) -> str:
                 f"tracking.mlflow.uri=null needs a local run folder, not {default_root}: set it to a server."
             )
         return f"sqlite:///{default_root.rstrip('/')}/mlflow.db"
-    return _VARIABLE.sub(_variable, settings.with_secrets().uri or "")
+    return with_quoted_credentials(_VARIABLE.sub(_variable, settings.with_secrets().uri or ""))
 
 
 def _variable(reference: re.Match[str]) -> str:
@@ -151,7 +152,7 @@ def _variable(reference: re.Match[str]) -> str:
 
 @contextmanager
 def clear_errors(uri: str) -> Iterator[None]:
-    """Turn whatever MLflow raises into a `ConfigError` that says what to do."""
+    """Turn every error of MLflow into a `ConfigError` that says what to do."""
     try:
         yield
     except ConfigError:
@@ -194,7 +195,7 @@ def absent_run(settings: MlflowSettings, default_root: str, run_id: str) -> Mlfl
 
 @contextmanager
 def _database_creation_lock(uri: str) -> Iterator[None]:
-    """Let one process at a time create a database file: MLflow writes its tables in many steps and locks nothing."""
+    """Let one process at a time create a database file. MLflow writes its tables in many steps, without a lock."""
     if not uri.startswith("sqlite:///"):
         yield
         return
@@ -218,7 +219,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another run created it in this moment
+            found = client.get_experiment_by_name(name)  # another run has just created it
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
@@ -266,7 +267,7 @@ def _user() -> dict[str, str]:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Tell a server that is away for a while from a request that it will never take."""
+    """Return whether the server may accept the same request later."""
     if isinstance(error, MlflowException):
         return error.error_code in _PASSING
     return isinstance(error, RequestException)
