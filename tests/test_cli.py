@@ -201,21 +201,19 @@ def test_doctor_lists_this_machine(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 IMPORT = """
-import time
-start = time.process_time()
-import hyperscale.cli, sys
-print(time.process_time() - start, "torch" in sys.modules)
+import sys
+import hyperscale.cli
+print(*sorted(sys.modules))
 """
 
 
-def test_the_command_line_starts_at_once() -> None:
-    spent = []
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds, has_torch = result.stdout.split()
-        assert has_torch == "False"
-        spent.append(float(seconds))
-    assert min(spent) < 0.5  # of processor time, so that a busy machine does not count
+def test_the_command_line_imports_little() -> None:
+    """Help and errors come at once: a vendor's package is imported by the command that needs it."""
+    result = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = result.stdout.split()
+    slow = {"torch", "transformers", "numpy", "scipy", "mlflow", "ray", "deepspeed", "wandb", "rich", "fsspec"}
+    assert slow & {module.partition(".")[0] for module in modules} == set()
+    assert len(modules) < 600  # 280 when this was written
 
 
 def test_ctrl_c_stops_with_one_line_and_the_run_resumes(
