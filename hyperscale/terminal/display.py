@@ -1,4 +1,4 @@
-"""The driver's terminal: a live picture of the run, or plain lines where there is no terminal (a job's log)."""
+"""The driver's terminal: a live picture of the run, or plain lines in a job's log."""
 
 import logging
 import sys
@@ -23,7 +23,7 @@ _ROWS_AROUND = 8
 
 
 class ProgressDisplay:
-    """Shows what `ProgressSender` sends. Use it in a `with` block: it gives the terminal back at the end."""
+    """Shows what `ProgressSender` sends. Its `with` block restores the terminal at the end."""
 
     def __init__(self, settings: ProgressSettings, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -60,13 +60,13 @@ class ProgressDisplay:
         return live_frame(self._progress, self._console.width, max(3, self._console.height - _ROWS_AROUND))
 
     def _move_logs(self, old: Any, new: Any) -> None:
-        # A log line that goes past the live picture tears it: let our handlers write through it meanwhile.
+        # A log line written past the live picture would break it, so our handlers write through it.
         for handler in logging.getLogger("hyperscale").handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is old:
                 handler.setStream(new)
 
     def _line(self, event: Mapping[str, Any], before: Progress) -> str:
-        """Return the line that an event deserves, or nothing: steps and counts are many."""
+        """Return an event's line; empty for most steps and counts, which are too many."""
         now = self._progress
         match event["event"]:
             case "start":
@@ -79,7 +79,7 @@ class ProgressDisplay:
                 return step_line(now)
             case "evaluation":
                 return evaluation_line(now, event["stage"])
-            case "checkpoint" if now.checkpoint_step != before.checkpoint_step:  # once more when it is scored
+            case "checkpoint" if now.checkpoint_step != before.checkpoint_step:  # scored ones come twice
                 return f"checkpoint of step {now.checkpoint_step}"
             case "end":
                 return f"{now.outcome} at step {now.step} after {duration(event['seconds'])}"
@@ -95,7 +95,7 @@ class ProgressDisplay:
 
 
 def start_line(progress: Progress) -> str:
-    """Return what the run is, in a line."""
+    """Return one line that describes the run."""
     share = 100 * progress.trained_parameters / max(progress.total_parameters, 1)
     start = f" from step {progress.start_step}" if progress.start_step else ""
     return (
@@ -106,7 +106,7 @@ def start_line(progress: Progress) -> str:
 
 
 def step_line(progress: Progress) -> str:
-    """Return where training is, in a line."""
+    """Return one line about the state of training."""
     percent = 100 * progress.step / max(progress.total_steps, 1)
     known = progress.task_losses
     losses = _listed({task: f"{known[task]:.3f}" for task in progress.tasks if task in known})
@@ -118,7 +118,7 @@ def step_line(progress: Progress) -> str:
 
 
 def evaluation_line(progress: Progress, stage: str) -> str:
-    """Return the newest scores of a stage, in a line."""
+    """Return one line with the newest scores of a stage."""
     scores = progress.scores[stage]
     step = "" if stage in ("majority", "untouched") else f" at step {progress.evaluated_step}"
     mean = mean_score({task: {"main": value} for task, value in scores.items() if value is not None})

@@ -28,10 +28,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def score(value: float | None) -> str:
-    """Return a score in percent with one digit, `–` without one."""
+    """Return a score in percent with one digit, or `–` if there is none."""
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def gain(value: float | None) -> str:
-    """Return a difference of scores with its sign, `–` without one."""
+    """Return a difference of scores with its sign, or `–` if there is none."""
     return "–" if value is None or math.isnan(value) else f"{value:+.1f}".replace("-", "−")

@@ -1,6 +1,6 @@
-"""What a run tells the driver's terminal while it goes on, and what is known after each such event.
+"""The events that a run sends to the driver's terminal, and the state after each event.
 
-Events are plain JSON values, so that rank 0 can send them from whichever node through an actor, a queue or a file.
+Events are plain JSON values, so that rank 0 can send them from any node through an actor, a queue or a file.
 """
 
 import time
@@ -29,7 +29,7 @@ class ProgressSender:
         self._has_failed = False
 
     def phase(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Say what is happening now: `loading the backbone`, or `evaluating` with how far it has come."""
+        """Send the current phase, such as `loading the backbone`; `done` of `total` items if it counts them."""
         if done is None or done in (0, total) or self._is_due("phase"):
             self._send("phase", {"text": text, "done": done, "total": total})
 
@@ -64,7 +64,7 @@ class ProgressSender:
     def _send(self, kind: str, content: dict[str, Any]) -> None:
         try:
             self._sink({"event": kind, **content})
-        except Exception as error:  # noqa: BLE001 - a terminal that is gone must not end a run
+        except Exception as error:  # noqa: BLE001 - a lost terminal must not end a run
             if not self._has_failed:
                 _log.warning("The progress display cannot be reached (%s); the run goes on", error)
             self._has_failed = True
@@ -72,7 +72,7 @@ class ProgressSender:
 
 @dataclass(frozen=True)
 class Progress:
-    """All that a display shows. `advance` makes the next one."""
+    """Everything that a display shows. `advance` returns the next state."""
 
     name: str = ""
     tasks: tuple[str, ...] = ()
@@ -99,7 +99,7 @@ class Progress:
 
 
 def advance(progress: Progress, event: Mapping[str, Any]) -> Progress:
-    """Return what is known after an event; events of unknown kinds change nothing."""
+    """Return the state after an event. Events of unknown kinds change nothing."""
     content = {key: value for key, value in event.items() if key != "event"}
     match event["event"]:
         case "start":

@@ -1,4 +1,4 @@
-"""What a run shows at its end: the scores against the baselines, where everything lies, what to do next."""
+"""The report at the end of a run: the scores against the baselines, the paths, and commands to try next."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from hyperscale.training.callbacks import EvaluationRecord
 
 @dataclass(frozen=True)
 class RunSummary:
-    """All that the last page of a run shows; what is None or empty is left out."""
+    """Everything that the report shows. Parts that are None or empty are left out."""
 
     name: str
     step: int
@@ -24,7 +24,7 @@ class RunSummary:
     untouched: EvaluationRecord | None = None
     majority: EvaluationRecord | None = None
     places: Mapping[str, str] = field(default_factory=dict)
-    """What lies where: `run folder`, `checkpoint`, `bundles`, `Tracker run` …"""
+    """Name -> path: `run folder`, `checkpoint`, `bundles`, `Tracker run` …"""
     next_commands: Sequence[tuple[str, str]] = ()
     """Commands to try, each with what it does."""
 
@@ -36,7 +36,7 @@ def final_table(
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False, collapse_padding=True)
     columns = [("majority", majority), ("untouched", untouched), ("trained", trained)]
     shown = [(title, record) for title, record in columns if record is not None]
-    # Long names are folded, never cut; numbers keep their width on a narrow terminal.
+    # On a narrow terminal long names are folded, and numbers keep their width.
     table.add_column("task", footer="mean", overflow="fold")
     table.add_column("metric", style="dim", overflow="fold")
     table.add_column("samples", justify="right", style="dim", no_wrap=True)
@@ -54,7 +54,7 @@ def final_table(
 
 
 def all_scores_table(record: EvaluationRecord) -> Table:
-    """Return every metric of every task, and the mean over all of them: over 11 numbers for the 8 tasks of GLUE."""
+    """Return every metric of every task, and the mean of all these numbers: 11 for the 8 tasks of GLUE."""
     numbers = [value for scores in record.scores.values() for value in scores.values()]
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, show_edge=False, pad_edge=False, collapse_padding=True)
     table.add_column("task", footer=f"mean of {len(numbers)}", overflow="fold")
@@ -67,7 +67,7 @@ def all_scores_table(record: EvaluationRecord) -> Table:
 
 
 def print_report(summary: RunSummary, console: Console) -> None:
-    """Print the last page of a run. Paths and commands are never broken into lines, so that they can be copied."""
+    """Print the report. Paths and commands stay on one line, so that they can be copied."""
     console.print()
     console.print(Text(f"{summary.name}: {summary.step:,} steps in {duration(summary.seconds)}", style="bold"))
     if summary.trained is not None:

@@ -1,4 +1,4 @@
-"""What `hyperscale tasks` says of the tasks that a recipe can name, and of one of them."""
+"""The output of `hyperscale tasks`: the list of tasks that a recipe can name, or one task in detail."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _STATES = {
 
 
 def table(tasks: Sequence[Task], columns: int | None = None) -> Iterator[str]:
-    """Yield a line per task: name, kind, metrics, where its rows are, description; each at most `columns` wide."""
+    """Yield a line per task, at most `columns` wide: name, kind, metrics, place of its rows, description."""
     rows = [(task.name, task.kind, ", ".join(task.metrics), state(task)) for task in tasks]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for task, row in zip(tasks, rows, strict=True):
@@ -27,7 +27,7 @@ def table(tasks: Sequence[Task], columns: int | None = None) -> Iterator[str]:
 
 
 def state(task: Task) -> str:
-    """Return in one word where a task's rows are: `packaged`, `file`, `folder`, `hub`, or why they are nowhere."""
+    """Return one word for the place of a task's rows: `packaged`, `file`, `folder`, `hub`, `unset` or `missing`."""
     match task.source:
         case AssetSource():
             return "packaged"
@@ -40,10 +40,10 @@ def state(task: Task) -> str:
 
 
 def details(task: Task) -> Iterator[str]:
-    """Yield what a task is and one of its examples, as each family of backbones gets it where that differs.
+    """Yield a task's facts and one example, in the form of each family of backbones if these differ.
 
     Raises:
-        DataError: its rows cannot be read; what is known without them is yielded before.
+        DataError: its rows cannot be read. The facts that need no rows are yielded before.
     """
     yield f"{task.name}: {task.description}".rstrip(": ")
     facts = {
@@ -68,7 +68,7 @@ def details(task: Task) -> Iterator[str]:
 
 
 def origin(task: Task) -> str:
-    """Return where a task's rows are, in words."""
+    """Return a description of the place of a task's rows."""
     match task.source:
         case AssetSource(asset=asset, subset=subset):
             return f"the packaged data set {asset}/{subset}"

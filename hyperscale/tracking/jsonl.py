@@ -1,8 +1,8 @@
-"""The run's own record: every event as one line of JSON. Every tracker is fed from it.
+"""The run's own record: every event is one line of JSON. All trackers are fed from this file.
 
     {"event": "step", "time": 1760000000.0, "step": 12, "loss": 0.71, "task_losses": {"sst2": 0.69}, …}
 
-Numbers that JSON has no word for (NaN, infinities) are written as null.
+JSON cannot express NaN and infinities; they are written as null.
 """
 
 import json
@@ -46,7 +46,7 @@ class Entry:
     time: float
     """Seconds since the epoch."""
     run_key: str | None
-    """On the lines of a run's start: what identifies the run over all its restarts."""
+    """Identifies the run over all its restarts; only lines of a run's start have it."""
 
     @property
     def step(self) -> int:
@@ -54,7 +54,7 @@ class Entry:
 
 
 def read_entries(folder: str) -> Iterator[Entry]:
-    """Yield what a run folder's JSONL holds, in order; torn lines are skipped. `FileNotFoundError` if there is none."""
+    """Yield the entries of a run folder's file in order. Skips torn lines; `FileNotFoundError` if there is no file."""
     place = open_place(folder).child(METRICS_FILE)
     with place.fs.open(place.path, "rt", encoding="utf-8") as stream:
         for line in stream:
@@ -64,7 +64,7 @@ def read_entries(folder: str) -> Iterator[Entry]:
 
 
 def recorded_points(entries: Iterable[Entry]) -> list[Point]:
-    """Return the numbers of a run's entries, one per key and step; what was recorded last counts."""
+    """Return the numbers of a run's entries, one per key and step. The last recorded value counts."""
     newest: dict[tuple[str, int], Point] = {}
     for entry in entries:
         match entry.record:
@@ -82,9 +82,9 @@ def recorded_points(entries: Iterable[Entry]) -> list[Point]:
 
 
 class JsonlTracker:
-    """Writes `metrics.jsonl` in the run folder. On a resume it goes on, each step once.
+    """Writes `metrics.jsonl` in the run folder. A resumed run continues the file, and each step is in it once.
 
-    On an object store, which cannot append, the lines gather in a local file that is uploaded with every checkpoint.
+    Object stores cannot append. There the lines go to a local file, which is uploaded with every checkpoint.
     """
 
     def __init__(self, folder: str, run_key: str) -> None:
@@ -130,7 +130,7 @@ class JsonlTracker:
         return self._run_key
 
     def reader(self) -> "EntryReader":
-        """Return a reader of the whole file that goes on while lines are added; once the run has started."""
+        """Return a reader of the whole file, which also sees lines added later. The run must have started."""
         if self._stream is None:
             raise RunFolderError(f"{self._target} is not open: the run has not started")
         return EntryReader(Path(self._stream.name))
@@ -149,7 +149,7 @@ class JsonlTracker:
             return
         try:
             if self._has_failed:
-                self._stream.write("\n")  # What a full disk left of a line must not spoil the next one.
+                self._stream.write("\n")  # a full disk may have left half a line
             self._stream.write(_line(record, self._run_key))
             self._stream.flush()
             self._has_failed = False
@@ -172,13 +172,13 @@ class JsonlTracker:
 
 
 class EntryReader:
-    """Reads the file in order while it grows; holds it open, so that it may be deleted meanwhile."""
+    """Reads the file in order while it grows. It keeps the file open, so deleting the file does no harm."""
 
     def __init__(self, file: Path) -> None:
         self._stream = file.open("rb")
 
     def read(self, limit: int) -> list[Entry]:
-        """Return up to `limit` entries that have not been read yet; torn lines are skipped."""
+        """Return the next entries, up to `limit`. Skips torn lines."""
         entries: list[Entry] = []
         while len(entries) < limit:
             position = self._stream.tell()
@@ -196,7 +196,7 @@ class EntryReader:
 
 
 def _cut(file: Path, start_step: int) -> None:
-    """Drop the lines past the step that the run continues from, its earlier ends, and torn lines; all for a new run."""
+    """Drop lines past the step that the run continues from, earlier ends and torn lines. A new run drops all lines."""
     if not file.exists():
         return
     cut = file.with_suffix(".cut")
@@ -238,7 +238,7 @@ def _finite(value: Any) -> Any:
 
 
 def _restored(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn the nulls that stand for numbers back into NaN, and the list of tasks into the tuple it was."""
+    """Turn nulls in the place of numbers back into NaN, and the list of tasks back into a tuple."""
     numbers = ("loss", "learning_rate", "grad_norm", "step_seconds", "tokens_per_second", "seconds_left", "seconds")
     restored: dict[str, Any] = {
         key: math.nan if value is None and key in numbers else value for key, value in content.items()

@@ -6,7 +6,7 @@ throughput/tokens_per_second  throughput/step_seconds
 eval/<task>/<metric>  eval/mean       the run's own validation scores
 untouched/…  majority/…  test/…       the same for the baselines and the test split
 
-They are stable: people compare runs by them. A slash makes a group of charts in the MLflow UI.
+The names are stable, because people compare runs by them. The MLflow UI groups charts by the part before the slash.
 """
 
 import re
@@ -69,16 +69,16 @@ def evaluation_metrics(record: EvaluationRecord) -> dict[str, float]:
 
 
 def main_score(scores: Mapping[str, float]) -> float | None:
-    """Return a task's main score: that of its first metric."""
+    """Return a task's main score, which is that of its first metric."""
     return next(iter(scores.values()), None)
 
 
 def mean_score(scores: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Return the mean of the tasks' main scores, or None without any."""
+    """Return the mean of the tasks' main scores, or None if there are none."""
     main = [score for task in scores.values() if (score := main_score(task)) is not None]
     return sum(main) / len(main) if main else None
 
 
 def key_part(name: str) -> str:
-    """Return a task or metric name as a part of a key: MLflow allows letters, digits and `_ - .` there."""
+    """Return a task or metric name as a part of a key. MLflow allows letters, digits and `_ - .` there."""
     return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)

@@ -44,7 +44,7 @@ class MlflowTracker:
         self._monitor: Any = None
 
     def open(self, facts: RunFacts, run_key: str, live: bool) -> None:
-        """Open the run; `ConfigError` if that fails, except on a resume, which an absent server shall not prevent."""
+        """Open the run. `ConfigError` if that fails; a resumed run starts although its server does not answer."""
         self._live = live
         with ExitStack() as stack:
             stack.enter_context(short_timeouts())

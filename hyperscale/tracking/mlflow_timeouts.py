@@ -1,4 +1,4 @@
-"""How long, and how loudly, a tracking library may wait."""
+"""MLflow's timeouts and log levels during a run."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ _LEVELS = {
 
 @contextmanager
 def short_timeouts() -> Iterator[None]:
-    """Give MLflow short timeouts (unless the user has set some), and keep it and its libraries quiet meanwhile."""
+    """Give MLflow short timeouts, unless the user has set them, and silence it and its libraries for the block."""
     added = {key: value for key, value in _ENVIRONMENT.items() if key not in os.environ}
     levels = {name: logging.getLogger(name).level for name in _LEVELS}
     os.environ.update(added)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def flatten(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Return `training.optimizer.betas -> "[0.9, 0.999]"` …: dotted paths; lists of plain values stay one value."""
+    """Return dotted path -> value, as `optimizer.betas -> "[0.9, 0.999]"`. A list of plain values is one value."""
     return dict(_leaves("", recipe))
 
 

@@ -1,4 +1,4 @@
-"""What code a run ran."""
+"""The versions of the code that a run used."""
 
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -8,17 +8,17 @@ _PACKAGES = ("hypernet-scale", "torch", "transformers", "deepspeed", "ray", "mlf
 
 
 def git_commit(folder: Path) -> str | None:
-    """Return the commit that `folder` is a work tree of, with `-dirty` if tracked files differ; None outside git."""
+    """Return the commit checked out in `folder`, with `-dirty` if tracked files differ; None outside git."""
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.strip() or None if told.returncode == 0 else None
+    return described.stdout.strip() or None if described.returncode == 0 else None
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a run's numbers depend on, as far as they are installed."""
+    """Return the versions of the installed packages that a run's numbers depend on."""
     versions = {}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Feeds a tracker from `metrics.jsonl` in the background, so that no server can hold up a training step."""
+"""Feeds a tracker from `metrics.jsonl` in the background, so that no server delays a training step."""
 
 import threading
 import time
@@ -17,11 +17,14 @@ _log = get_logger(__name__)
 
 
 class Pusher:
-    """A listener of the run that sends what the file holds to one tracker. It must come after `journal`.
+    """A listener of the run that sends the entries of the file to one tracker. It must come after `journal`.
 
-    Set-up may fail; after that nothing raises and nothing waits. A temporary failure is tried again until the run has
-    ended; what the tracker refuses is skipped. `patience`: seconds that the run's end waits for a tracker that does
-    not answer; `limit`: seconds that it waits at the most.
+    Opening the tracker may raise. After that nothing raises, and no training step waits. A temporary failure is
+    retried until the run has ended; a record that the tracker refuses is skipped.
+
+    Args:
+        patience: seconds that the end of the run waits for a tracker that does not answer.
+        limit: seconds that the end of the run waits for a tracker that answers.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Pusher:
         self._thread: threading.Thread | None = None
 
     def on_run_start(self, facts: RunFacts) -> None:
-        """Open the tracker and send in the background what it lacks; `ConfigError` if it cannot be used."""
+        """Open the tracker, and start to send what it lacks. `ConfigError` if it cannot be used."""
         self._folder = facts.folder
         self._tracker.open(facts, self._journal.run_key, live=True)
         self._is_open = True
@@ -66,7 +69,7 @@ class Pusher:
         self._notify()
 
     def on_run_end(self, outcome: RunOutcome) -> None:
-        """Send what is left, within the limits; how that goes never decides how the run ended."""
+        """Send what is left, within the limits. A failure here does not change how the run ended."""
         if self._thread is not None:
             self._finish(self._thread)
         self._thread = None
@@ -117,15 +120,15 @@ class Pusher:
             reader.close()
 
     def _deliver(self, entries: Sequence[Entry], may_be_there: bool) -> bool:
-        """Push until it succeeds or is refused; return False when it is time to give up."""
+        """Push until the tracker takes or refuses the entries. Return False when it is time to give up."""
         pause = _FIRST_PAUSE
         while True:
             try:
                 self._tracker.push(entries, may_be_there)
-            except Exception as error:  # noqa: BLE001 - whatever a vendor raises must not end the thread
-                may_be_there = True  # a part of it may have arrived
+            except Exception as error:  # noqa: BLE001 - no error of a vendor may end the thread
+                may_be_there = True  # some of the entries may have arrived
                 if not self._tracker.is_temporary(error):
-                    if len(entries) > 1:  # find the one that is refused
+                    if len(entries) > 1:  # find the entry that is refused
                         return all(self._deliver([entry], may_be_there=True) for entry in entries)
                     self._refused(error)
                     return True

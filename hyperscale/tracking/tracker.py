@@ -1,4 +1,4 @@
-"""What a tracker is: a place that a run is recorded in, fed with the entries of its `metrics.jsonl`."""
+"""The interface of a tracker. A tracker records a run in one place, from the entries of its `metrics.jsonl`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,18 +9,18 @@ from hyperscale.training.callbacks import RunFacts, RunOutcome
 
 
 class Tracker(Protocol):
-    """One place. Its class is called with its settings, the folder that holds the run folder, and tags.
+    """One place. The class is called with its settings, the folder that holds the run folder, and tags.
 
-    All calls block and may raise. After `open` they come from one thread, which tries again what is temporary. Entries
-    hold no secrets: they were read from the file.
+    All calls block and may raise. After `open` they come from one thread, which retries temporary failures. Entries
+    come from the file and hold no secrets.
     """
 
     def open(self, facts: RunFacts, run_key: str, live: bool) -> None:
         """Find the run by its key, or create it.
 
         Args:
-            run_key: what identifies the run over all its restarts.
-            live: whether the run goes on in this process; False when a finished record is sent.
+            run_key: identifies the run over all its restarts.
+            live: whether the run continues in this process; False when a finished record is sent.
 
         Raises:
             ConfigError: the place cannot be used; says what to do.
@@ -30,7 +30,7 @@ class Tracker(Protocol):
     def push(self, entries: Sequence[Entry], may_be_there: bool) -> int:
         """Record entries in the order of the run, and return how many values were sent.
 
-        `may_be_there`: some were sent before, by an earlier process or in a call that failed; send what is missing.
+        `may_be_there`: an earlier process or a failed call may have sent some of them; send only what is missing.
         """
         ...
 
@@ -39,7 +39,7 @@ class Tracker(Protocol):
         ...
 
     def state(self) -> Mapping[str, str]:
-        """Return what finds the run again, without secrets; kept in checkpoints and in `result.json`.
+        """Return what is needed to find the run again, without secrets. Checkpoints and `result.json` keep it.
 
         Three keys are shown to people: `title` (the tracker's name), `where`, and `command`, which opens it (or "").
         """
@@ -50,7 +50,7 @@ class Tracker(Protocol):
         ...
 
     def record_end(self, run_key: str, outcome: RunOutcome) -> None:
-        """Record how a run ended whose own process was killed; does nothing if it has recorded its end."""
+        """Record the end of a run whose process was killed. Does nothing if the run has recorded its end."""
         ...
 
     def record_comparison(self, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:

@@ -1,6 +1,6 @@
 """The table of trackers, and what a run does with all of them. A tracker is one row and one module.
 
-A run's `metrics.jsonl` is the truth; a `Pusher` feeds each tracker from it.
+A `Pusher` feeds each tracker from the run's `metrics.jsonl`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _TRACKERS = {
     "wandb": "hyperscale.tracking.wandb:WandbTracker",
 }
 TRACKERS: Registry[str] = Registry("tracker", "hyperscale.trackers", _TRACKERS)
-"""Name under `tracking` -> where its class is. A class is imported when a run uses it."""
+"""Name under `tracking` -> import path of the class, which is imported when a run uses it."""
 _BATCH = 1000
 _log = get_logger(__name__)
 
@@ -47,7 +47,7 @@ def register_tracker(name: str, path: str, settings: type[TrackerSettings]) -> N
 def open_trackers(
     settings: TrackingSettings, folder: str, root: str, run_key: str, tags: Mapping[str, str]
 ) -> list[Callback]:
-    """Return the listeners that record a run: its file first, then one per tracker.
+    """Return the listeners that record a run: first the writer of its file, then one per tracker.
 
     Args:
         root: the folder that holds the run folder.
@@ -62,7 +62,7 @@ def open_trackers(
 
 
 def record_end(settings: TrackingSettings, root: str, run_key: str, outcome: RunOutcome) -> None:
-    """Record how a run ended whose rank 0 was killed before it could; for the driver. Warns if that fails."""
+    """Record the end of a run whose rank 0 was killed. The driver calls this. Warns if it fails."""
     for name, tracker in settings.enabled_trackers().items():
         try:
             _create(name, tracker, root, {}).record_end(run_key, outcome)
@@ -82,7 +82,7 @@ def record_comparison(
 
 
 def needed_packages() -> dict[str, str]:
-    """Return the packages that recipes need unless they say otherwise, each with the setting that needs it."""
+    """Return package -> setting that needs it, for the packages that a recipe needs by default."""
     enabled = TrackingSettings().enabled_trackers()
     return {tracker.package: f"tracking.{name}.enabled=true" for name, tracker in enabled.items() if tracker.package}
 
@@ -99,7 +99,7 @@ def tracked_places(state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def places_of_old_result(values: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the places of a `result.json` from before trackers had a table: it knew MLflow alone."""
+    """Return the places of an earlier version's `result.json`, which knew MLflow alone."""
     if not values:
         return {}
     uri, experiment, run_id = (str(values.get(f"mlflow_{key}", "")) for key in ("uri", "experiment_id", "run_id"))
@@ -110,7 +110,7 @@ def places_of_old_result(values: Mapping[str, str]) -> dict[str, dict[str, str]]
 
 
 def track(folder: str, to: str | None = None, uri: str | None = None) -> list[str]:
-    """Send the trackers what they lack of a run; doing it again sends nothing. Return a line per tracker.
+    """Send each tracker what it lacks of a run, and return a line per tracker. A second call sends nothing.
 
     Args:
         to: one tracker; by default those that the run's recipe enables.

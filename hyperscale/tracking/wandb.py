@@ -19,7 +19,7 @@ from hyperscale.training.callbacks import CheckpointRecord, RunFacts, RunOutcome
 class WandbTracker:
     """Records the run in Weights & Biases; a `Tracker`.
 
-    The service cannot be asked which steps it has, so a file beside its own counts the steps that were sent.
+    W&B does not say which steps it has. A file in its folder therefore holds the last step that was sent.
     """
 
     def __init__(self, settings: WandbSettings, default_root: str, tags: Mapping[str, str]) -> None:
