@@ -1,4 +1,4 @@
-"""A package of its own adds an adapter kind, a generator and a model family: installed, trained, exported, asked."""
+"""Another package adds an adapter kind, a generator, a model family and a tracker: installed, trained, exported."""
 
 import json
 import os
@@ -86,7 +86,12 @@ def test_train_plan_export_and_predict(tmp_path: Path, qwen2: Path, environment:
     recipe = write_recipe(tmp_path, qwen2)
     place = {"environment": environment, "folder": tmp_path}
     assert "generated weights" in succeed("plan", recipe, **place)
-    succeed("train", recipe, "--launcher", "local", **place)
+    steps = tmp_path / "steps.csv"
+    tracker = ("tracking.csv.enabled=true", f"tracking.csv.file={steps}")
+    assert "CSV run" in succeed("train", recipe, "--launcher", "local", *tracker, **place)
+    assert [line.partition(",")[0] for line in steps.read_text().splitlines()] == ["step", "1", "2"]
+    wrong = cluster.run("validate", recipe, *tracker, "tracking.csv.flie=x", **place)
+    assert (wrong.returncode, "csv.flie: Extra inputs" in wrong.stderr) == (2, True), wrong.stderr
     bundle = tmp_path / "run/bundles/past"
     tensors = load_file(bundle / "weights.safetensors")
     assert any("/shift/" in name and tensor.any() for name, tensor in tensors.items())

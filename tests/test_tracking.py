@@ -17,6 +17,7 @@ import pytest
 from pydantic import ValidationError
 
 import hyperscale
+from hyperscale.config.plugins import import_object
 from hyperscale.config.tracking import TRACKER_SETTINGS, MlflowSettings, TrackingSettings
 from hyperscale.errors import ConfigError, RunFolderError
 from hyperscale.run.context import read_result
@@ -26,9 +27,8 @@ from hyperscale.tracking.mlflow import tracking_uri
 from hyperscale.tracking.params import flatten
 from hyperscale.tracking.provenance import git_commit, package_versions
 from hyperscale.tracking.pusher import Pusher
-from hyperscale.tracking.trackers import TRACKERS, register_tracker
+from hyperscale.tracking.trackers import TRACKERS
 from hyperscale.training.callbacks import CheckpointRecord, RunFacts, RunOutcome, StepRecord
-from tests.csv_tracker import CsvSettings
 from tests.tracked import SECRET, Recorded, make_evaluation, make_facts, make_step, read_lines
 
 RESULTS_OF_OLD_RUNS = {"run/context.py"}  # reads the `mlflow` key of a result.json of an earlier version
@@ -287,7 +287,9 @@ def test_a_result_from_before_the_table_of_trackers_is_read(tmp_path: Path) -> N
 def test_a_tracker_of_another_package_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for registry in (TRACKERS, TRACKER_SETTINGS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    register_tracker("csv", "tests.csv_tracker:CsvTracker", CsvSettings)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "plugin_package"))
+    register_csv = import_object("hyperscale_example.register:trackers")
+    register_csv()
     file = tmp_path / "steps.csv"
     run = Recorded(tmp_path / "run", {"csv": {"enabled": True, "file": str(file)}})
     run.start()

@@ -6,7 +6,9 @@ from typing import Literal
 from pydantic import Field
 
 import hyperscale as hs
+from hyperscale.config.tracking import TrackerSettings
 from hyperscale.model.architectures import architecture_of
+from hyperscale.tracking.trackers import register_tracker
 
 
 class ShiftSettings(hs.AdapterSection):
@@ -24,6 +26,12 @@ class MixtureSettings(hs.GeneratorSection):
     kind: Literal["mixture"] = "mixture"
 
 
+class CsvSettings(TrackerSettings):
+    """A CSV file with the loss of every step; under `tracking.csv` in a recipe."""
+
+    file: str
+
+
 def adapter_kinds() -> None:
     hs.register_adapter_kind(ShiftSettings, "hyperscale_example.shift:Shift")
 
@@ -37,3 +45,7 @@ def families() -> None:
     hs.register_family(
         replace(llama, model_type="qwen2", model_class="Qwen2ForCausalLM", block_class="Qwen2DecoderLayer")
     )
+
+
+def trackers() -> None:
+    register_tracker("csv", "hyperscale_example.csv_tracker:CsvTracker", CsvSettings)

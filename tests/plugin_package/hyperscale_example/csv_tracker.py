@@ -1,18 +1,16 @@
-"""A tracker as another package would write it: it appends each step's loss to a CSV file."""
+"""A tracker: it appends each step's loss to a CSV file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hyperscale.config.tracking import TrackerSettings
 from hyperscale.tracking.jsonl import Entry
 from hyperscale.training.callbacks import RunFacts, RunOutcome, StepRecord
-
-
-class CsvSettings(TrackerSettings):
-    file: str
+from hyperscale_example.register import CsvSettings
 
 
 class CsvTracker:
+    """A line `step,loss` for every step."""
+
     def __init__(self, settings: CsvSettings, default_root: str, tags: Mapping[str, str]) -> None:
         self._file = Path(settings.file)
 
