@@ -102,7 +102,7 @@ class Answerer:
 
     @torch.no_grad()
     def _adapted(self, task_index: Tensor, adapted: bool) -> AbstractContextManager[None]:
-        return self.model.adapting(task_index) if adapted else nullcontext()
+        return self.model.adapting(task_index.to(self.device)) if adapted else nullcontext()
 
     def _share(self) -> Share:
         return Share(self.collective.rank, self.collective.world_size, self.layout)
