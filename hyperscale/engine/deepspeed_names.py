@@ -19,8 +19,8 @@ from hyperscale.logger import get_logger
 
 _logger = get_logger(__name__)
 
-TRIED_VERSIONS = ("0.19.4", "0.19.8")
-"""The first and the last version that the tests of the engine passed with."""
+VERSIONS = ("0.19.4", "0.19.8")
+"""The oldest version that pyproject.toml allows, and the one that the tests run with."""
 
 _COORDINATOR_PRIVATE = "_PartitionedParameterCoordinator__"
 _PREFETCH_SIZE = f"{_COORDINATOR_PRIVATE}prefetch_bucket_sz"
@@ -99,11 +99,13 @@ class Gather(Protocol):
 
 
 def check_version() -> None:
-    """Warn of a DeepSpeed that was never tried; every start of the engine calls this once."""
+    """Warn of a DeepSpeed outside `VERSIONS`; every start of the engine calls this once."""
     installed = Version(deepspeed.__version__)
-    if not Version(TRIED_VERSIONS[0]) <= installed <= Version(TRIED_VERSIONS[-1]):
+    if not Version(VERSIONS[0]) <= installed <= Version(VERSIONS[-1]):
         _logger.warning(
-            "DeepSpeed %s was never tried with hyperscale; versions %s to %s were", installed, *TRIED_VERSIONS
+            "DeepSpeed %s is outside the versions %s to %s that hyperscale is made for; its tests run with the last",
+            installed,
+            *VERSIONS,
         )
     _require("deepspeed.ops", deepspeed.ops)
     _require("zero.Init", Init)
@@ -120,7 +122,7 @@ def _require(owner: str, thing: object) -> None:
         if not hasattr(thing, name):
             raise EngineError(
                 f"DeepSpeed {deepspeed.__version__} has no '{name}' on {owner}, which hyperscale needs to {purpose}. "
-                f"Versions {' to '.join(TRIED_VERSIONS)} were tried: install deepspeed=={TRIED_VERSIONS[-1]}"
+                f"The tests run with another version: install deepspeed=={VERSIONS[-1]}"
             )
 
 
