@@ -15,7 +15,7 @@ class ClusterSettings(Section):
     address: str | None = None
     """Ray cluster to join (`auto`, `host:port`, `ray://…`); null = join the one of RAY_ADDRESS or start one here."""
     max_failures: int = Field(default=2, ge=0)
-    """How often a run may lose a worker and go on from its last checkpoint."""
+    """How often a run may lose a worker and continue from its last checkpoint."""
     wait_minutes: float = Field(default=5.0, gt=0)
     """How long to wait for resources that exist but are in use."""
 
@@ -24,7 +24,7 @@ class ClusterSettings(Section):
     def _is_one_rank(cls, value: float) -> float:
         if value not in (0, 1):
             reason = (
-                "NCCL allows one rank a GPU, so workers cannot share one"
+                "NCCL allows one rank per GPU, so workers cannot share one"
                 if value < 1
                 else "a worker uses one GPU and would leave the others idle; raise cluster.workers for more"
             )

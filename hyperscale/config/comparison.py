@@ -34,7 +34,7 @@ class Comparison(Section):
     output: str = Field(min_length=1)
     """Folder of the runs and of the table, relative to this file."""
     records: str | None = Field(default=None, min_length=1)
-    """Folder of what is kept of finished runs, relative to this file; by default `records` in `output`. A run that has
+    """Folder of the records of finished runs, relative to this file; by default `records` in `output`. A run that has
     a record there is not run again, whoever made it and wherever its folder is."""
     recipe: str = Field(min_length=1)
     """A packaged recipe, or a file relative to this one."""

@@ -24,7 +24,7 @@ _loaded: set[EntryPoint] = set()
 
 
 def load_plugins(group: str) -> None:
-    """Call the function of each entry point in a group, once in a process.
+    """Call the function of each entry point of a group, once per process.
 
     Raises:
         PluginError: some could not be imported, or failed when called. The others are loaded all the same.

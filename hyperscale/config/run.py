@@ -32,7 +32,7 @@ class Recipe(Section):
     tracking: TrackingSettings = TrackingSettings()
     export: ExportSettings = ExportSettings()
     start: StartSettings | None = None
-    """null = a generator that has learnt nothing yet."""
+    """null = an untrained generator."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

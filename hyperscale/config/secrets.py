@@ -71,7 +71,7 @@ def _quoted(uri: re.Match[str]) -> str:
 
 
 def _is_user(scheme: str, rest: str) -> bool:
-    """Tell `user:pass/word@host` from `host:8020/folder@2026` and from the containers of Azure's URIs."""
+    """Distinguish `user:pass/word@host` from `host:8020/folder@2026` and from the containers of Azure's URIs."""
     start = re.split(r"[/?#]", rest, maxsplit=1)[0]
     if scheme in _CONTAINERS and ":" not in start:
         return False

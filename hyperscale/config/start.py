@@ -1,4 +1,4 @@
-"""Beginning from an earlier run, with tasks that it did not know."""
+"""Starting from an earlier run, with tasks that are new to it."""
 
 from typing import Literal
 
@@ -15,5 +15,5 @@ class StartSettings(Section):
     known_tasks: int = Field(ge=1)
     """How many tasks it was trained for."""
     train: Literal["new_tasks", "everything"] = "new_tasks"
-    """`new_tasks`: only what belongs to the new tasks alone (their embeddings, or their own adapters), every other bit
-    stays; `everything`: the whole generator goes on training."""
+    """`new_tasks`: only what belongs to the new tasks alone (their embeddings, or their own adapters), everything else
+    stays bit for bit; `everything`: the whole generator keeps training."""

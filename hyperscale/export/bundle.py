@@ -1,4 +1,4 @@
-"""A bundle: one task, exported. A folder of tensors and of everything needed to ask it a question.
+"""A bundle: one task, exported. A folder of tensors and of everything needed to answer rows with it.
 
 <bundle>/hyperscale.json                                    the manifest below, with a sha256 of every other file
 <bundle>/recipe.yaml                                        the resolved recipe of the run

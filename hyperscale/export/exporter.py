@@ -108,7 +108,7 @@ def export_bundles(
 
     Args:
         only: names of the tasks to write; empty = all.
-        format: `auto`, `peft` or `native`; None = as the recipe says.
+        format: `auto`, `peft` or `native`; None = the format of the recipe.
 
     Raises:
         BundleError: an unknown task, a format that cannot say these adapters, or a place that cannot be written.

@@ -1,4 +1,4 @@
-"""A trained generator from wherever it lies: a run folder, a checkpoint, or a saved generator."""
+"""A trained generator from any source: a run folder, a checkpoint, or a saved generator."""
 
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
 from hyperscale.export.exporter import TrainedGenerator, restore_generator

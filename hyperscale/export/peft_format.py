@@ -36,7 +36,7 @@ class PeftMethod(NamedTuple):
 
 
 def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None:
-    """Return what of a map PEFT has no words for, or None if a PEFT folder can hold all of it."""
+    """Return the part of a map that PEFT cannot express, or None if a PEFT folder can hold all of it."""
     kinds = list(dict.fromkeys(site.kind for site in site_map.sites))
     others = sorted(kind for kind in kinds if _find_method(kind) is None)
     if others:
@@ -51,7 +51,7 @@ def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None
 
 
 def require_peft_support(site_map: SiteMap, architecture: Architecture) -> None:
-    """Raise `BundleError`, with what PEFT cannot say, unless a PEFT folder can hold all of a map."""
+    """Raise `BundleError`, naming what PEFT cannot express, unless a PEFT folder can hold all of a map."""
     reason = peft_limitation(site_map, architecture)
     if reason:
         raise BundleError(
@@ -93,7 +93,7 @@ def read_peft(folder: Path, site_map: SiteMap) -> Mapping[str, Mapping[str, Tens
 
 
 def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] | str:
-    """Return leaf names where they mean just the sites' layers, else a regular expression of full names.
+    """Return leaf names where they match only the sites' layers, else a regular expression of full names.
 
     T5's self- and cross-attention share leaf names: adapting q of one only needs the expression.
     """
@@ -186,7 +186,7 @@ def _prefix_config(weights: Weights, site_map: SiteMap, _architecture: Architect
 
 
 def _prefix_tensors(weights: Weights, site_map: SiteMap) -> Mapping[str, Tensor]:
-    """PEFT keeps one row a position: keys and values of the first layer, of the second, and so on."""
+    """PEFT keeps one row per position: keys and values of the first layer, of the second, and so on."""
     return {_ROWS: torch.cat([weights[group]["rows"][0, index] for group, index, _ in _indexed(site_map)], dim=1)}
 
 
@@ -216,7 +216,7 @@ def _method(site_map: SiteMap) -> PeftMethod:
 
 
 def _indexed(site_map: SiteMap) -> Sequence[tuple[str, int, Site]]:
-    """List every site in map order, with its group and its place in that."""
+    """List every site in map order, with its group and its position in the group."""
     places = {site: (group, index) for group, sites in site_map.groups.items() for index, site in enumerate(sites)}
     return [(*places[site], site) for site in site_map.sites]
 

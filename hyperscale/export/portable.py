@@ -1,4 +1,4 @@
-"""What a run knows, without the paths and accounts of the machine that it ran on."""
+"""What describes a run, without the paths and accounts of the machine that it ran on."""
 
 import re
 from typing import Any, Literal
