@@ -15,7 +15,9 @@ from torch import Tensor
 
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.config.run import Recipe
+from hyperscale.engine import sharded_load
 from hyperscale.engine.base import Engine, StepResult
+from hyperscale.engine.deepspeed_names import shard_of
 from hyperscale.engine.ds_config import read_ds_config
 from hyperscale.engine.zero import ZeroEngine, shard_backbone
 from hyperscale.errors import BackboneError
@@ -281,6 +283,27 @@ def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_
         for message in two_ranks.run(refusal, path):
             assert name in message
             assert re.search(pattern, message), message
+
+
+def refusal_of_integers(path: Path) -> str:
+    """Load with shards of 8-bit integers, as DeepSpeed's own quantization leaves them: floats round to 0 there."""
+    convert = sharded_load.convert
+
+    def quantizing(partitioner: Any, parameter: torch.nn.Parameter) -> None:
+        convert(partitioner, parameter)
+        shard = shard_of(parameter)
+        shard.data = shard.data.to(torch.int8)
+
+    sharded_load.convert = quantizing
+    try:
+        return refusal(path)
+    finally:
+        sharded_load.convert = convert
+
+
+def test_a_shard_that_does_not_hold_its_files_numbers_is_named(two_ranks: Ranks, tiny_llama_folder: Path):
+    for message in two_ranks.run(refusal_of_integers, tiny_llama_folder):
+        assert re.search(r"the shard of 'model\.embed_tokens\.weight' holds torch\.int8 \[0, 0, 0\]", message), message
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from hyperscale.model.backbone import BackboneFolder
 from hyperscale.model.quantized import SCALE, quantize
 from hyperscale.model.shapes import record_whole_shape
 
+_SAMPLE = 64
+"""Elements of each shard that are compared with the file once it is filled."""
 _ROWS_BYTES = 16 * 1024 * 1024
 """Of rows that are quantized at once, in fp32."""
 
@@ -37,7 +39,8 @@ def load_sharded(
         file: where the shards are to lie; None leaves them where DeepSpeed puts them.
 
     Raises:
-        BackboneError: a tensor is missing or has another shape; named with its file.
+        BackboneError: a tensor is missing or has another shape; named with its file. Or a shard does not hold what its
+            file does.
     """
     stored = index_tensors(folder.files)
     sources = [(names, _source(names, parameter, stored, folder)) for parameter, names in _names(backbone)]
@@ -46,18 +49,42 @@ def load_sharded(
     dtype = next(one.dtype for one in backbone.parameters() if one.is_floating_point())
     with slice_reader() as reader:
         for names, source in sources:
+            wanted = backbone.get_parameter(names[0]).dtype
             parameter = _partition_empty(partitioner, backbone, names, device)
             if file is not None:
                 file.take(parameter)
             share = shard_of(parameter)
             share.zero_()
             start = shard_start(parameter)
-            if isinstance(source, StoredTensor):
-                reader.read_into(share, source, start)
-            else:
-                source.fill(share, start, reader, dtype)
+            _fill(share, source, start, reader, dtype)
+            sample = torch.zeros(min(_SAMPLE, share.numel()), dtype=wanted)
+            _fill(sample, source, start, reader, dtype)
+            _check_sample(names[0], share, sample)
             if keeps_second_shards:
                 cut_second_shards(parameter)
+
+
+def _fill(
+    share: Tensor, source: "StoredTensor | _Quantized", start: int, reader: SliceReader, dtype: torch.dtype
+) -> None:
+    if isinstance(source, StoredTensor):
+        reader.read_into(share, source, start)
+    else:
+        source.fill(share, start, reader, dtype)
+
+
+def _check_sample(name: str, share: Tensor, sample: Tensor) -> None:
+    """Raise `BackboneError` unless a shard begins with the file's numbers, in the dtype that the backbone has.
+
+    DeepSpeed may give a shard another dtype than its parameter's, as its own quantization does: the numbers of a file
+    then all round to 0, and training learns nothing without an error.
+    """
+    begin = share[: len(sample)].cpu()
+    if share.dtype != sample.dtype or not torch.equal(begin.nan_to_num(), sample.nan_to_num()):
+        raise BackboneError(
+            f"backbone.name: the shard of '{name}' holds {share.dtype} {begin[:3].tolist()}…, but its file "
+            f"{sample.dtype} {sample[:3].tolist()}…; check engine.ds_config for settings that change weights"
+        )
 
 
 @dataclass(frozen=True)
