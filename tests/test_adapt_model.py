@@ -1,5 +1,6 @@
 """`hs.adapt`: adapters of several tasks on a transformers model that the caller holds."""
 
+import errno
 import os
 import re
 import subprocess
@@ -122,6 +123,26 @@ def test_adapters_leave_as_peft_folders(tiny_llama_folder: Path, tmp_path: Path)
     with pytest.raises(BundleError, match="bottleneck adapters: PEFT has no such type"):
         hs.adapt(backbone(), ADAPTERS, num_tasks=1).save_adapters(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_failed_save_leaves_the_earlier_adapters(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    model = hs.adapt(backbone, [hs.LoraSettings(rank=4)], task_names=TASKS)
+    folder = next(iter(model.save_adapters(tmp_path).values()))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    tiny.disturb(model.generator)
+
+    def full_disk(self: Path, *_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full_disk)
+        with pytest.raises(BundleError, match=r"adapter .* cannot be written: No space left"):
+            model.save_adapters(tmp_path)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(TASKS)
 
 
 def test_the_state_is_the_generators_alone(model: Any, tmp_path: Path):

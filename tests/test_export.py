@@ -19,8 +19,9 @@ from hyperscale.cli import main
 from hyperscale.config.run import Recipe
 from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
-from hyperscale.export.exporter import TrainedGenerator, _recover, export_bundles, restore_generator
+from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
 from hyperscale.export.peft_format import peft_limitation, require_peft_support
+from hyperscale.export.replacement import recover_folder
 from hyperscale.launch.local import train_in_process
 from tests import tiny
 from tests.runs import TASKS, make_recipe, write_tasks
@@ -139,7 +140,7 @@ def test_bundles_name_the_revision_and_hold_no_secret(trained: TrainedGenerator,
 _REPLACER = """
 import os, signal, sys
 from pathlib import Path
-from hyperscale.export.exporter import _replace
+from hyperscale.export.replacement import replace_folder
 last, seen = int(sys.argv[3]), 0
 def kill_at(event, _arguments):
     global seen
@@ -148,7 +149,7 @@ def kill_at(event, _arguments):
         if seen == last:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(kill_at)
-_replace(Path(sys.argv[1]), Path(sys.argv[2]))
+replace_folder(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -160,7 +161,7 @@ def test_a_kill_while_a_bundle_is_replaced_loses_none(trained: TrainedGenerator,
         built = shutil.copytree(bundle, tmp_path / f"built-{operation}")
         command = [sys.executable, "-c", _REPLACER, str(built), str(bundle), str(operation)]
         ended.append(subprocess.run(command, check=False).returncode)
-        _recover(bundle)
+        recover_folder(bundle)
         assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
         assert not bundle.with_name(".past.old").exists()
     assert ended == [-signal.SIGKILL] * 5 + [0]

@@ -21,6 +21,7 @@ from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.errors import ConfigError, nearest
 from hyperscale.export.peft_format import require_peft_support, write_peft
+from hyperscale.export.replacement import whole_folder
 from hyperscale.model.architectures import architecture_of
 from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.generator import num_parameters
@@ -194,7 +195,7 @@ class MultiTaskModel(nn.Module):
             Task name -> its folder.
 
         Raises:
-            BundleError: PEFT has no form for these adapters; the message says which.
+            BundleError: PEFT has no form for these adapters, or a folder cannot be written; the earlier one stays.
 
         Example:
             >>> model.save_adapters("adapters")
@@ -206,12 +207,12 @@ class MultiTaskModel(nn.Module):
         written = {}
         for number in numbers:
             target = local_path(folder) / self.task_names[number]
-            target.mkdir(parents=True, exist_ok=True)
             weights = {
                 group: {name: tensor.cpu() for name, tensor in named.items()}
                 for group, named in self.weights(number).items()
             }
-            write_peft(target, weights, self.blueprint.site_map, self.blueprint.architecture, base, dtype)
+            with whole_folder(target, "adapter") as building:
+                write_peft(building, weights, self.blueprint.site_map, self.blueprint.architecture, base, dtype)
             written[self.task_names[number]] = target
         return written
 

@@ -3,8 +3,6 @@
 Needs the generator and the site map only: no backbone weights are loaded.
 """
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from hyperscale.errors import BundleError, nearest
 from hyperscale.export.bundle import BundleBackbone, BundleManifest, write_manifest
 from hyperscale.export.native_format import write_native
 from hyperscale.export.peft_format import peft_limitation, require_peft_support, write_peft
+from hyperscale.export.replacement import whole_folder
 from hyperscale.logger import get_logger
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.backbone import DTYPES
@@ -32,7 +31,6 @@ from hyperscale.training.evaluation import VALIDATION
 from hyperscale.version import __version__
 
 _logger = get_logger(__name__)
-_OLD = ".old"
 
 
 @dataclass(frozen=True)
@@ -135,50 +133,9 @@ def _choose_format(asked: str, trained: TrainedGenerator) -> str:
 
 
 def _write_bundle(trained: TrainedGenerator, index: int, target: Path, format: str) -> Path:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise BundleError(
-            f"bundles cannot be written to {target.parent}: {error.strerror}; choose another folder"
-        ) from error
-    try:
-        _recover(target)
+    with whole_folder(target, "bundle") as building:
         _fill(trained, index, building, format)
-        _open_to_readers(building)
-        _replace(building, target)
-    except OSError as error:
-        raise BundleError(f"bundle {target} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return target
-
-
-def _replace(built: Path, target: Path) -> None:
-    """Put a finished bundle in the place of an earlier one, which is deleted only when the new one is there.
-
-    A kill between the two renames leaves the earlier bundle as `.<name>.old`; the next export puts it back first.
-    """
-    old = target.with_name(f".{target.name}{_OLD}")
-    _recover(target)
-    if target.exists():
-        target.rename(old)
-    built.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(target: Path) -> None:
-    old = target.with_name(f".{target.name}{_OLD}")
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Undo the private modes of temporary folders and files: a server may run as another user."""
-    folder.chmod(0o755)
-    for file in folder.iterdir():
-        file.chmod(0o644)
 
 
 def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> None:
