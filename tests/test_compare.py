@@ -26,7 +26,7 @@ from hyperscale.config.loading import dump_recipe, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.metrics import compute
 from hyperscale.data.tasks import MetricName
-from hyperscale.errors import ResourceError
+from hyperscale.errors import ConfigError, ResourceError
 from hyperscale.launch.local import train_in_child
 from hyperscale.run.context import RunResult
 from hyperscale.run.predictions import read_predictions
@@ -494,3 +494,20 @@ def test_paths_in_settings_begin_at_the_comparison_however_deep_its_output(place
         trial = make_trial(load_comparison(place / "deep.yaml"), "shared", 0.01, 1)
         assert trial.recipes[0].data.tasks == (str(place / "mood.yaml"), str(place / "size.yaml"))
         assert trial.recipes[0].output.startswith(f"{place}/{output}/runs/")
+
+
+def test_a_comparison_on_an_object_store_is_refused(tmp_path: Path):
+    file = tmp_path / "comparison.yaml"
+    content = {
+        "name": "remote",
+        "output": "s3://bucket/results",
+        "recipe": "demo",
+        "methods": {"one": {}, "two": {}},
+        "baseline": "one",
+        "learning_rates": [0.001],
+        "seeds": [1],
+    }
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="output: s3://bucket/results is a URI; a comparison needs a folder"):
+        load_comparison(file)
+    assert not (tmp_path / "s3:").exists()

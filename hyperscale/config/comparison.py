@@ -10,6 +10,7 @@ from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.config.yaml_file import read_file
 from hyperscale.errors import ConfigError, nearest
+from hyperscale.places import is_uri
 
 
 class Method(Section):
@@ -86,6 +87,9 @@ def load_comparison(path: Path) -> Comparison:
     folder = path.absolute().parent
     beside = folder / comparison.recipe
     recipe = str(beside) if beside.is_file() else comparison.recipe
+    for key, value in (("output", comparison.output), ("records", comparison.records)):
+        if value is not None and is_uri(value):
+            raise ConfigError(f"{path}: {key}: {value} is a URI; a comparison needs a folder on this machine")
     output = _below(folder, comparison.output)
     records = _below(folder, comparison.records) if comparison.records else str(Path(output) / "records")
     resolved = comparison.model_copy(update={"recipe": recipe, "output": output, "records": records})
