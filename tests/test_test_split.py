@@ -97,7 +97,7 @@ def test_a_checkpoint_of_a_gpu_run_is_evaluated_on_a_cpu(place: Path, capsys: py
     on_cpu = run(capsys, "evaluate", place / "gpu")
     assert on_cpu.code == 0, on_cpu.err
     assert on_cpu.out == scored.out
-    assert "the run used GPUs, and this machine has no CUDA device: evaluating on the CPU" in on_cpu.err
+    assert "the run used GPUs, but this machine has no CUDA device: evaluating on the CPU" in on_cpu.err
     assert "evaluating on the CPU" not in scored.err
     chosen = run(capsys, "evaluate", place / "gpu", "--device", "cpu", "data.validation_limit=2")
     assert chosen.code == 0, chosen.err
