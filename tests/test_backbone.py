@@ -193,7 +193,7 @@ def test_a_wrong_folder_gives_one_clear_error(tiny_llama_folder: Path, tmp_path:
 
 
 def test_a_hub_id_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch):
-    """No network means that the hub's client was told so: nothing is asked, and nothing is tried again."""
+    """In offline mode the hub's client looks up no name and retries nothing."""
     asked: list[object] = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: asked.append(host))
     message = refusal("some-owner/some-model")
