@@ -10,7 +10,7 @@ import torch
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import IGNORED, Batch, Layout, collate_examples, collate_prompts
 from hyperscale.data.loader import Share, TrainLoader, accumulation_steps, prompt_batches, scoring_batches
-from hyperscale.data.tokenization import Encoded
+from hyperscale.data.tokenization import Encoded, EncodedRows
 from hyperscale.errors import ConfigError
 
 PAD = 0
@@ -57,6 +57,20 @@ def test_encoder_decoder_batch():
     assert batch.input_ids.tolist() == [[5, 6, 0, 0], [5, 6, 6, 6]]
     assert batch.labels.tolist() == [[7, 1, IGNORED], [8, 9, 1]]
     assert (batch.num_tokens, batch.num_label_tokens) == (11, 5)
+
+
+def test_the_loss_counts_the_spans_of_a_row():
+    several = Encoded((5, 6, 7, 1, 5), (8, 9, 1), spans=((2, 4), (5, 7)))
+    batch = collate_examples([several, SHORT], [0, 1], Layout(PAD, is_encoder_decoder=False))
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1, 5, 8, 9, 1], [5, 6, 7, 1, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [
+        [IGNORED, IGNORED, 7, 1, IGNORED, 8, 9, IGNORED],
+        [IGNORED, IGNORED, 7, 1, *[IGNORED] * 4],
+    ]
+    assert (batch.num_tokens, batch.num_label_tokens) == (12, 6)
+    assert list(EncodedRows([several, SHORT])) == [several, SHORT]
+    with pytest.raises(ValueError, match="positions of a decoder-only model"):
+        collate_examples([several], [0], Layout(PAD, is_encoder_decoder=True))
 
 
 def test_prompts_end_where_generation_begins():

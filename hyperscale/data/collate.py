@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of the longest row, L label positions (L = T for a deco
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,10 +89,28 @@ def collate(sources: Sequence[TokenIds], answers: Sequence[TokenIds], tasks: Seq
 
 
 def collate_examples(examples: Sequence[Encoded], tasks: Sequence[int], layout: Layout) -> Batch:
-    """Make a training batch."""
-    return collate(
-        [example.source_ids for example in examples], [example.target_ids for example in examples], tasks, layout
-    )
+    """Make a training batch.
+
+    Raises:
+        ValueError: an encoder-decoder's example has `spans`: its loss is on the decoder's targets.
+    """
+    sources, answers = [one.source_ids for one in examples], [one.target_ids for one in examples]
+    batch = collate(sources, answers, tasks, layout)
+    if not any(one.spans for one in examples):
+        return batch
+    if layout.is_encoder_decoder:
+        raise ValueError("spans are positions of a decoder-only model")
+    labels = _padded([_labels_of(one) for one in examples], IGNORED)
+    return replace(batch, labels=labels, num_label_tokens=int((labels != IGNORED).sum()))
+
+
+def _labels_of(example: Encoded) -> TokenIds:
+    """Return the ids where the loss counts them, `IGNORED` elsewhere."""
+    ids = example.source_ids + example.target_ids
+    labels = [IGNORED] * len(ids)
+    for first, end in example.spans or ((len(example.source_ids), len(ids)),):
+        labels[first:end] = ids[first:end]
+    return tuple(labels)
 
 
 def collate_prompts(

@@ -8,7 +8,7 @@ space themselves (SentencePiece) get none from us, and neither do answers after 
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import cast, overload
 
@@ -25,6 +25,8 @@ from hyperscale.logger import get_logger
 _logger = get_logger(__name__)
 
 TokenIds = tuple[int, ...]
+Span = tuple[int, int]
+"""First position, and the one after the last."""
 
 _CHUNK = 10_000
 """Rows that are encoded at once. Meanwhile their ids are lists of Python integers, which take far more than arrays."""
@@ -38,8 +40,12 @@ class Encoded:
     """The prompt with the special tokens of the tokenizer's own rule; ends in eos for an encoder."""
     target_ids: TokenIds
     """The answer and eos."""
-    candidate_ids: tuple[TokenIds, ...]
+    candidate_ids: tuple[TokenIds, ...] = ()
     """All answers of a classification, in the order of the task's labels; see `encode_candidates`."""
+    spans: tuple[Span, ...] = ()
+    """Ranges [first, end) of `source_ids + target_ids` whose tokens the loss counts. () = the whole target."""
+    shortened: bool = field(default=False, compare=False)
+    """Whether tokens of the prompt were left out to meet `max_source_tokens`; not kept by `EncodedRows`."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +61,7 @@ class EncodedRows(Sequence[Encoded]):
         self._ends = array("q", [0])
         """Where each row's source and target end, in turn, after a first 0."""
         self._candidates: list[tuple[TokenIds, ...]] = []
+        self._spans: list[tuple[Span, ...]] = []
         for row in rows:
             self.append(row)
 
@@ -63,6 +70,7 @@ class EncodedRows(Sequence[Encoded]):
             self._ids.extend(ids)
             self._ends.append(len(self._ids))
         self._candidates.append(row.candidate_ids)
+        self._spans.append(row.spans)
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -76,7 +84,8 @@ class EncodedRows(Sequence[Encoded]):
             return EncodedRows(self[number] for number in range(*row.indices(len(self))))
         place = range(len(self))[row]
         start, middle, end = self._ends[2 * place : 2 * place + 3]
-        return Encoded(tuple(self._ids[start:middle]), tuple(self._ids[middle:end]), self._candidates[place])
+        source, target = tuple(self._ids[start:middle]), tuple(self._ids[middle:end])
+        return Encoded(source, target, self._candidates[place], self._spans[place])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -113,21 +122,16 @@ class TaskTokenizer:
         Raises:
             DataError: an example is too long under `too_long: error`, or no example is left.
         """
-        answers = list(dict.fromkeys(example.target for example in examples))
-        target_ids = dict(zip(answers, self.encode_answers(answers), strict=True))
-        labels = list(dict.fromkeys(example.candidates for example in examples))
-        candidate_ids = {candidates: self.encode_candidates(candidates) for candidates in labels}
         kept: list[Example] = []
         encoded = EncodedRows()
+        num_shortened = 0
         for first in range(0, len(examples), _CHUNK):
             chunk = examples[first : first + _CHUNK]
-            sources = self.encode_prompts([example.source for example in chunk])
-            for example, source in zip(chunk, sources, strict=True):
-                target = target_ids[example.target]
-                fitting = self._fit(example, source, target, settings)
-                if fitting is not None:
+            for example, one in zip(chunk, self.encode_examples(chunk, settings), strict=True):
+                if one is not None:
                     kept.append(example)
-                    encoded.append(Encoded(fitting, target, candidate_ids[example.candidates]))
+                    encoded.append(one)
+                    num_shortened += one.shortened
         self._warn_of_answers_that_end_early(encoded)
         dropped = len(examples) - len(kept)
         limits = f"{settings.max_source_tokens} source and {settings.max_target_tokens} target tokens"
@@ -142,7 +146,34 @@ class TaskTokenizer:
             _logger.warning(
                 "task %s: %d of %d rows left out, beyond %s", self.task.name, dropped, len(examples), limits
             )
+        if num_shortened:
+            _logger.warning(
+                "task %s: %d of %d prompts shortened to %d tokens",
+                *(self.task.name, num_shortened, len(examples), settings.max_source_tokens),
+            )
         return EncodedSplit(tuple(kept), encoded, dropped)
+
+    def encode_examples(self, examples: Sequence[Example], settings: DataSettings) -> list[Encoded | None]:
+        """Encode examples, each by itself; None stands for one that must be left out.
+
+        The result depends on nothing but the task, the tokenizer, the limits of `settings` and the example. Calls of
+        thousands of examples are faster than calls of one.
+
+        Raises:
+            DataError: an example is too long under `too_long: error`, or two labels have the same tokens.
+        """
+        answers = list(dict.fromkeys(example.target for example in examples))
+        target_ids = dict(zip(answers, self.encode_answers(answers), strict=True))
+        labels = list(dict.fromkeys(example.candidates for example in examples))
+        candidate_ids = {candidates: self.encode_candidates(candidates) for candidates in labels}
+        encoded: list[Encoded | None] = []
+        for example, source in zip(examples, self.encode_prompts([one.source for one in examples]), strict=True):
+            target = target_ids[example.target]
+            fitting = self._fit(example, source, target, settings)
+            candidates = candidate_ids[example.candidates]
+            shortened = fitting is not None and len(fitting) < len(source)
+            encoded.append(None if fitting is None else Encoded(fitting, target, candidates, shortened=shortened))
+        return encoded
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TokenIds]:
         """Encode prompts as training, scoring and generation all see them.
