@@ -106,6 +106,31 @@ def test_t5():
     assert {site.group for site in found.sites if site.position == "q"} == {"encoder/lora/32x16", "decoder/lora/32x16"}
 
 
+@pytest.mark.parametrize("model", [llama(), t5("relu"), t5("gated-gelu")], ids=["llama", "t5", "t5 gated"])
+def test_one_word_for_every_linear_layer_of_the_blocks(model: nn.Module):
+    architecture = ARCHITECTURES[model.config.model_type]
+    settings = [LoraSettings.model_validate({"targets": "all"}), Ia3Settings.model_validate({"targets": ["all", "k"]})]
+    found = find_sites(model, architecture, build_kinds(settings))
+    blocks = [
+        f"{stack.blocks}.{number}.{name}"
+        for stack in architecture.stacks
+        for number, block in enumerate(model.get_submodule(stack.blocks).children())
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for kind in ("lora", "ia3"):
+        assert sorted(site.name for site in found.sites if site.kind == kind) == sorted(blocks)
+    assert not any("head" in name or "embed" in name for name in blocks)
+
+
+def test_one_word_is_the_list_that_it_stands_for():
+    every = build_kinds([LoraSettings.model_validate({"targets": "all"})])
+    listed = kinds("q", "k", "v", "o", "gate", "up", "down")
+    assert find_sites(llama(), LLAMA, every) == find_sites(llama(), LLAMA, listed)
+    of_t5 = find_sites(t5("relu"), T5, every).targets_of("lora")
+    assert of_t5 == ("q", "k", "v", "o", "wi", "wo", "cross_q", "cross_k", "cross_v", "cross_o")
+
+
 def test_scales_norms_and_prefixes():
     settings = [Ia3Settings(), NormDeltaSettings(), PrefixSettings()]
     found = find_sites(llama(), LLAMA, build_kinds(settings))

@@ -1,12 +1,23 @@
 """What is trained: adapter kinds at the backbone's sites, and the generator that makes their weights."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hyperscale.config.open_union import OpenUnion
 from hyperscale.config.plugins import Registry
 from hyperscale.config.section import Section
+
+
+def _listed(targets: Any) -> Any:
+    return (targets,) if isinstance(targets, str) else targets
+
+
+_Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Projections = Annotated[_Names, BeforeValidator(_listed, json_schema_input_type=str | _Names)]
+"""Short names of projections in the family's table, or the one word `all` for every projection that a block has.
+
+Embeddings, the head, routers and experts are not in the table."""
 
 
 class AdapterSection(Section):
@@ -36,9 +47,10 @@ class LoraSettings(AdapterSection):
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=8.0, gt=0)
-    targets: tuple[str, ...] = Field(default=("q", "v"), min_length=1)
-    """Projections by their short names. LLaMA: q, k, v, o, gate, up, down.
-    T5: q, k, v, o, cross_q, cross_k, cross_v, cross_o, wi or (gated) wi_0 and wi_1, wo."""
+    targets: Projections = ("q", "v")
+    """`all`: every linear projection of every block. Or short names. LLaMA: q, k, v, o, gate, up, down.
+    T5: q, k, v, o, cross_q, cross_k, cross_v, cross_o, wi or (gated) wi_0 and wi_1, wo.
+    `hyperscale models` lists those of every family."""
 
 
 class BottleneckSettings(AdapterSection):
@@ -61,9 +73,9 @@ class Ia3Settings(AdapterSection):
 
     has_peft_form = True
     kind: Literal["ia3"] = "ia3"
-    targets: tuple[str, ...] = Field(default=("k", "v", "feed_forward"), min_length=1)
-    """Projections by their short names, as for LoRA; their outputs are scaled. `feed_forward` scales the input of the
-    feed-forward's last projection."""
+    targets: Projections = ("k", "v", "feed_forward")
+    """Projections by their short names, or `all`, as for LoRA; their outputs are scaled. `feed_forward` scales the
+    input of the feed-forward's last projection."""
 
 
 class NormDeltaSettings(AdapterSection):

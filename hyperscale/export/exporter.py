@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperscale.checkpoint.store import Checkpoint
+from hyperscale.config.adaptation import AdapterSettings
 from hyperscale.config.loading import parse_recipe, recipe_without_destinations, render_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.tasks import Task
@@ -21,6 +22,7 @@ from hyperscale.export.native_format import write_native
 from hyperscale.export.peft_format import peft_limitation, require_peft_support, write_peft
 from hyperscale.export.replacement import whole_folder
 from hyperscale.logger import get_logger
+from hyperscale.model.adapters.kinds import ALL
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.backbone import DTYPES
 from hyperscale.model.build import Blueprint
@@ -165,7 +167,7 @@ def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManif
             quantization=recipe.backbone.quantization,
             model_type=trained.backbone["model_type"],
         ),
-        adapters=recipe.adaptation.adapters,
+        adapters=tuple(_with_names(adapter, trained.site_map) for adapter in recipe.adaptation.adapters),
         sites=tuple(trained.site_map.to_json()),
         max_source_tokens=recipe.data.max_source_tokens,
         too_long=recipe.data.too_long,
@@ -174,3 +176,11 @@ def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManif
         produced_by=f"hyperscale {__version__}",
         files={},
     )
+
+
+def _with_names(adapter: AdapterSettings, site_map: SiteMap) -> AdapterSettings:
+    """Return settings that list the projections `all` stands for on this backbone."""
+    if ALL not in getattr(adapter, "targets", ()):
+        return adapter
+    named: AdapterSettings = adapter.model_copy(update={"targets": site_map.targets_of(adapter.kind)})
+    return named

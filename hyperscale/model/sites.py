@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from hyperscale.errors import ConfigError, nearest
-from hyperscale.model.adapters.kinds import AdapterKind, Place
+from hyperscale.model.adapters.kinds import ALL, AdapterKind, Place
 from hyperscale.model.architectures import Architecture, Stack
 from hyperscale.model.shapes import whole_shape
 
@@ -65,6 +65,10 @@ class SiteMap:
     def positions(self) -> tuple[str, ...]:
         """`kind:position` of every position in the map; the index is the position's id in all stacks."""
         return tuple(dict.fromkeys(f"{site.kind}:{site.position}" for site in self.sites))
+
+    def targets_of(self, kind: str) -> tuple[str, ...]:
+        """Return the positions of one adapter kind, in map order: what `all` stood for."""
+        return tuple(dict.fromkeys(site.position for site in self.sites if site.kind == kind))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the map as plain values, in order."""
@@ -121,7 +125,7 @@ def _paths(stack: Stack, place: Place) -> Mapping[str, str]:
 def _sites_of_block(block: nn.Module, stack: Stack, layer: int, kind: AdapterKind) -> list[Site]:
     present = dict(block.named_modules())
     sites = []
-    for target in kind.targets:
+    for target in _targets(stack, kind):
         place = kind.acts_on(target)
         path = _paths(stack, place).get(target)
         if path is None or path not in present:
@@ -129,6 +133,14 @@ def _sites_of_block(block: nn.Module, stack: Stack, layer: int, kind: AdapterKin
         sizes = _sizes(present, path, stack, place)
         sites.append(Site(f"{stack.blocks}.{layer}.{path}", stack.name, layer, target, kind.name, *sizes))
     return sites
+
+
+def _targets(stack: Stack, kind: AdapterKind) -> Sequence[str]:
+    """Return the targets of a kind in a stack, each once, with the stack's own entries in the place of `ALL`."""
+    listed: list[str] = []
+    for target in kind.targets:
+        listed.extend(_paths(stack, kind.acts_on(target)) if target == ALL else [target])
+    return list(dict.fromkeys(listed))
 
 
 def _sizes(present: Mapping[str, nn.Module], path: str, stack: Stack, place: Place) -> tuple[int, int]:
@@ -146,7 +158,8 @@ def _norm_width(norm: nn.Module) -> int:
 
 def _check_targets(sites: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
     used = {site.position for site in sites if site.kind == kind.name}
-    missing = [target for target in kind.targets if target not in used and kind.acts_on(target) in _CHOSEN]
+    named = [target for target in kind.targets if target != ALL]
+    missing = [target for target in named if target not in used and kind.acts_on(target) in _CHOSEN]
     if missing:
         place = kind.acts_on(missing[0])
         known = list(dict.fromkeys(name for stack in architecture.stacks for name in _paths(stack, place)))

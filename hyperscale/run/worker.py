@@ -173,6 +173,8 @@ def build_engine(
             set_activation_checkpointing(dense)
         backbone = dense.to(device)  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
     blueprint = Blueprint.of_backbone(backbone, folder.architecture, recipe.adaptation.adapters)
+    for kind in blueprint.kinds:
+        _logger.info("%s adapters act on %s", kind.name, ", ".join(blueprint.site_map.targets_of(kind.name)))
     features = None
     if descriptions is not None:
         ids, mask = descriptions.input_ids.to(device), descriptions.attention_mask.to(device)

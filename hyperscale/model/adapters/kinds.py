@@ -14,6 +14,9 @@ Place = Literal["projections", "sublayers", "inputs", "norms", "keys", "values"]
 """The part of a block where a target is looked up, and what is adapted there: a linear layer's output, the output or
 the input of a sub-layer's last linear layer, a layer norm's output, or the keys or values of a self-attention."""
 
+ALL = "all"
+"""The target that stands for every entry of its place in the family's table which a block has."""
+
 Start = Literal["zero", "normal", "adapter", "adapter_bias", "lora_a", "lora_b"]
 """Initial values of a tensor; generators/starts.py defines each for stored and for generated tensors."""
 
@@ -51,7 +54,9 @@ class AdapterKind(Protocol):
     def name(self) -> str: ...
 
     @property
-    def targets(self) -> tuple[str, ...]: ...
+    def targets(self) -> tuple[str, ...]:
+        """Entries of the family's table, or `ALL`."""
+        ...
 
     @property
     def is_generated(self) -> bool:
