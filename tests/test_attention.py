@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from transformers.masking_utils import eager_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager_with_softcap
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_with_sinks
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hyperscale.errors import BackboneError
@@ -15,22 +17,26 @@ from hyperscale.model.attention import GROUPED, grouped_attention
 
 @pytest.mark.parametrize(("heads", "groups", "tokens"), [(9, 3, 5), (8, 1, 1), (4, 4, 7)])
 @pytest.mark.parametrize("is_masked", [True, False])
-def test_grouped_attention_is_transformers_own(heads: int, groups: int, tokens: int, is_masked: bool):
+@pytest.mark.parametrize("special", ["", "softcap", "s_aux"])
+def test_grouped_attention_is_transformers_own(heads: int, groups: int, tokens: int, is_masked: bool, special: str):
     torch.manual_seed(0)
     seen, width = 11, 16
     shapes = ((2, heads, tokens, width), (2, groups, seen, width), (2, groups, seen, width))
     mask = torch.where(torch.rand(2, 1, tokens, seen, dtype=torch.float64) < 0.3, -1e9, 0.0)
-    module = SimpleNamespace(num_key_value_groups=heads // groups, training=False)
+    sinks = torch.randn(heads, dtype=torch.float64)
+    module = SimpleNamespace(num_key_value_groups=heads // groups, training=False, sinks=sinks)
     states = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    eager = {"": eager_attention_forward, "softcap": eager_with_softcap, "s_aux": eager_with_sinks}[special]
+    options = {"": {}, "softcap": {"softcap": 0.7}, "s_aux": {"s_aux": sinks}}[special]
     results = []
-    for attend in (eager_attention_forward, grouped_attention):
+    for attend in (eager, grouped_attention):
         inputs = [state.clone().requires_grad_() for state in states]
-        output, weights = attend(module, *inputs, mask if is_masked else None, scaling=width**-0.5)  # type: ignore[operator]
+        output, weights = attend(module, *inputs, mask if is_masked else None, scaling=width**-0.5, **options)  # type: ignore[operator]
         output.sin().sum().backward()
         results.append([output, weights, *(state.grad for state in inputs)])
     for theirs, ours in zip(*results, strict=True):
-        # both take the softmax in fp32
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+        # transformers takes the softmax in fp32
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def attend(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +44,7 @@ def attend(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
     return grouped_attention(torch.nn.Module(), *states, None, scaling=0.3, **options)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "cu_seq_lens_q", "head_mask"])
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "head_mask", "position_bias"])
 def test_unsupported_attention_options_are_refused(name: str):
     with pytest.raises(BackboneError, match=rf"does not compute {name}, which Module asks for; set backbone.attention"):
         attend(**{name: torch.ones(1)})

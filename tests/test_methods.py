@@ -5,6 +5,7 @@ each, norms in the backbone's precision, a prefix while decoding.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from hyperscale.config.adaptation import AdaptationSettings
+from hyperscale.export.module_tensors import tensors_by_module
 from hyperscale.inference.decoding import greedy_decode
 from hyperscale.model.adapted import AdaptedModel, label_positions, token_losses
-from hyperscale.model.adapters.norm_delta import rms_normalised
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import set_activation_checkpointing
 from hyperscale.model.generators.generator import keep_known_tasks, with_new_tasks
 from hyperscale.model.generators.registry import build_generator
+from hyperscale.model.sites import is_norm
 from hyperscale.model.weights import tensors_of
 from tests import plain, tiny
 
@@ -184,16 +186,24 @@ def test_every_head_learns_by_the_third_step(generator: str, init: str, family: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_norms_weight_meets_what_it_was_multiplied_with(family: str, folder: Path, dtype: str):
-    """`y + δ ⊙ n` is `(w + δ) ⊙ n`: n times the frozen weight is what the norm gave, to the last bit."""
-    adapted = model(folder, settings("norm_delta", family, "shared"), dtype=dtype)
+def test_a_norm_computes_with_another_weight(family: str, folder: Path, dtype: str):
+    """To the last bit, and its own weight is the same again afterwards."""
+    adapted = model(folder, settings("norm_delta", family, "independent"), dtype=dtype)
+    tiny.disturb(adapted.generator, std=0.3)
     norms = {site.name: adapted.backbone.get_submodule(site.name) for site in adapted.site_map.sites}
-    assert len(norms) == sum(hasattr(module, "variance_epsilon") for module in adapted.backbone.modules())
-    for number, norm in enumerate(norms.values()):
-        random = torch.Generator().manual_seed(number)
-        norm.weight.data.copy_(1 + 0.3 * torch.randn(norm.weight.shape, generator=random))
-        x = (3 * torch.randn(4, 5, len(norm.weight), generator=random)).to(adapted.dtype)
-        assert torch.equal(norm.weight * rms_normalised(x, norm.variance_epsilon, adapted.dtype), norm(x))
+    assert len(norms) == sum(is_norm(module) for module in adapted.backbone.modules())
+    deltas = tensors_by_module(adapted.generator(torch.tensor([2])), adapted.site_map)
+    for name, norm in norms.items():
+        weight, x = norm.weight, torch.randn(4, 5, 32).to(adapted.dtype)
+        plain_norm = deepcopy(norm)
+        plain_norm._forward_pre_hooks.clear()
+        plain_norm.weight.add_(deltas[name]["norm_delta"].to(adapted.dtype))
+        with adapted.adapting(torch.tensor([0, 2, 1, 2])):
+            assert torch.equal(norm(x)[1::2], plain_norm(x)[1::2])
+        with adapted.adapting(torch.tensor([2])):
+            assert torch.equal(norm(x), plain_norm(x))
+        assert norm.weight is weight
+        assert not torch.equal(norm(x), plain_norm(x))
 
 
 def test_norms_belong_to_all_tasks_or_to_each(family: str, folder: Path):

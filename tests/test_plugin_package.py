@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, SeedOssConfig, SeedOssForCausalLM
 
 from tests import cluster
 from tests.runs import write_tasks
@@ -32,18 +32,18 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
-    """Return a tiny Qwen2, which LLaMA's row fits but for three names, with the tokenizer of the tiny LLaMA."""
-    folder = tmp_path_factory.mktemp("backbone") / "qwen2"
+def seed_oss(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path) -> Path:
+    """Return a tiny Seed-OSS, which LLaMA's row fits but for three names, with the tokenizer of the tiny LLaMA."""
+    folder = tmp_path_factory.mktemp("backbone") / "seed_oss"
     shutil.copytree(tiny_llama_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(tiny_llama_folder / "tokenizer_config.json", folder)
     llama = json.loads((tiny_llama_folder / "config.json").read_text())
     same = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_attention_heads", "num_key_value_heads")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
-    config = Qwen2Config(**sizes, **{name: llama[name] for name in same}, tie_word_embeddings=True)
+    config = SeedOssConfig(**sizes, **{name: llama[name] for name in same}, tie_word_embeddings=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
+        model = SeedOssForCausalLM(config)
     model.generation_config = GenerationConfig.from_model_config(config)
     model.save_pretrained(folder)
     return folder
@@ -82,8 +82,8 @@ def succeed(*arguments: object, environment: dict[str, str], folder: Path) -> st
     return done.stdout
 
 
-def test_train_plan_export_and_predict(tmp_path: Path, qwen2: Path, environment: dict[str, str]):
-    recipe = write_recipe(tmp_path, qwen2)
+def test_train_plan_export_and_predict(tmp_path: Path, seed_oss: Path, environment: dict[str, str]):
+    recipe = write_recipe(tmp_path, seed_oss)
     place = {"environment": environment, "folder": tmp_path}
     assert "generated weights" in succeed("plan", recipe, **place)
     steps = tmp_path / "steps.csv"
@@ -95,7 +95,7 @@ def test_train_plan_export_and_predict(tmp_path: Path, qwen2: Path, environment:
     bundle = tmp_path / "run/bundles/past"
     tensors = load_file(bundle / "weights.safetensors")
     assert any("/shift/" in name and tensor.any() for name, tensor in tensors.items())
-    assert json.loads((bundle / "hyperscale.json").read_text())["backbone"]["model_type"] == "qwen2"
+    assert json.loads((bundle / "hyperscale.json").read_text())["backbone"]["model_type"] == "seed_oss"
 
     exported = succeed("export", tmp_path / "run", "--output", tmp_path / "again", **place)
     assert len(exported.splitlines()) == 3
@@ -115,9 +115,9 @@ def test_train_plan_export_and_predict(tmp_path: Path, qwen2: Path, environment:
     assert "No installed package adds it" in without.stderr
 
 
-def test_two_sharded_ranks(tmp_path: Path, qwen2: Path, environment: dict[str, str]):
+def test_two_sharded_ranks(tmp_path: Path, seed_oss: Path, environment: dict[str, str]):
     """The workers are other processes: they find the kinds by their entry points."""
-    recipe = write_recipe(tmp_path, qwen2)
+    recipe = write_recipe(tmp_path, seed_oss)
     options = ("--launcher", "torchrun", "engine.kind=zero", "cluster.workers=2")
     succeed("train", recipe, *options, environment=environment, folder=tmp_path)
     assert (tmp_path / "run/bundles/past/weights.safetensors").is_file()
@@ -150,10 +150,10 @@ def test_two_sharded_ranks(tmp_path: Path, qwen2: Path, environment: dict[str, s
     ],
 )
 def test_mistakes_are_reported_as_for_packaged_kinds(
-    overrides: list[str], expected: str, tmp_path: Path, qwen2: Path, environment: dict[str, str]
+    overrides: list[str], expected: str, tmp_path: Path, seed_oss: Path, environment: dict[str, str]
 ):
     refused = cluster.run(
-        "validate", write_recipe(tmp_path, qwen2), *overrides, environment=environment, folder=tmp_path
+        "validate", write_recipe(tmp_path, seed_oss), *overrides, environment=environment, folder=tmp_path
     )
     assert refused.returncode == 2
     assert expected in refused.stderr

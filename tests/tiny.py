@@ -12,13 +12,16 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -28,8 +31,10 @@ from transformers import (
 from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.model.adapted import AdaptedModel
+from hyperscale.model.architectures import architecture_of
 from hyperscale.model.backbone import load_dense, open_backbone
 from hyperscale.model.build import Blueprint
+from hyperscale.model.sites import is_norm
 
 _SENTENCES = (
     "The plot is thin, but the actors are wonderful and the music stays with you.",
@@ -77,26 +82,27 @@ def tiny_llama(folder: Path, **changes: object) -> Path:
     Returns:
         `folder`. Its logits are of order 1.
     """
+    return _save(LlamaForCausalLM, LlamaConfig(**(_llama_sizes(folder) | changes)), folder)
+
+
+def _llama_sizes(folder: Path) -> dict[str, object]:
+    """Save a tokenizer, and return the fields of a configuration that go with it."""
     tokenizer = _byte_level_bpe()
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        **{
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": True,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        | changes
-    )
-    return _save(LlamaForCausalLM, config, folder)
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def tiny_t5(folder: Path, **changes: object) -> Path:
@@ -109,35 +115,61 @@ def tiny_t5(folder: Path, **changes: object) -> Path:
     Returns:
         `folder`. Its logits are of order 1.
     """
+    return _save(T5ForConditionalGeneration, T5Config(**(_t5_sizes(folder) | changes)), folder)
+
+
+def _t5_sizes(folder: Path) -> dict[str, object]:
+    """Save a tokenizer, and return the fields of a configuration that go with it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(_sentencepiece_model())
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
-    config = T5Config(
-        **{
-            "vocab_size": len(AutoTokenizer.from_pretrained(folder)),
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 64,
-            "num_layers": 2,
-            "num_heads": 4,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "decoder_start_token_id": 0,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        }
-        | changes
-    )
-    return _save(T5ForConditionalGeneration, config, folder)
+    return {
+        "vocab_size": len(AutoTokenizer.from_pretrained(folder)),
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
-def _save(model_class: type[PreTrainedModel], config: LlamaConfig | T5Config, folder: Path) -> Path:
+WINDOW = 5
+"""How many tokens a sliding window holds in the models of `FAMILIES`: fewer than the tests' prompts have."""
+_WINDOWED = {"use_sliding_window": True, "sliding_window": WINDOW}
+FAMILIES: Mapping[str, Mapping[str, object]] = {
+    "mistral": {"head_dim": 12, "sliding_window": WINDOW},
+    "qwen2": {**_WINDOWED, "max_window_layers": 1},
+    "qwen3": {"head_dim": 12, **_WINDOWED, "max_window_layers": 1},
+}
+"""Model type -> fields of a tiny model's configuration in which what sets the family apart has an effect."""
+
+
+def tiny_family(folder: Path, model_type: str, **changes: object) -> Path:
+    """Save a model of a family of the table, of two blocks a stack; a decoder's queries share keys.
+
+    The weights of its norms and its biases are random too.
+    """
+    row = architecture_of(model_type)
+    sizes = _t5_sizes(folder) if row.is_encoder_decoder else _llama_sizes(folder)
+    config = CONFIG_MAPPING[model_type](**{**sizes, **FAMILIES.get(model_type, {}), **changes})
+    return _save(getattr(transformers, row.model_class), config, folder, disturbed=True)
+
+
+def _save(model_class: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, disturbed: bool = False) -> Path:
+    """`disturbed`: make the weights of norms and the biases random; transformers starts them all alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config)
         for name, parameter in model.named_parameters():
             if "EncDecAttention.q" in name or "EncDecAttention.o" in name:
                 parameter.data.mul_(4)  # at random the decoder would see only the mean of its source, which is nothing
+            if disturbed and (name.endswith("bias") or is_norm(model.get_submodule(name.rpartition(".")[0]))):
+                parameter.data.add_(0.2 * torch.randn(parameter.shape))
         if isinstance(config, T5Config) and not config.scale_decoder_outputs:
             # T5 v1.1 has a head of its own, which transformers 5 makes only when it reads one. Its std stands in for
             # the 1 / sqrt(d_model) that v1.1 no longer applies: logits of 20 would hide every difference in a softmax.

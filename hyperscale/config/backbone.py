@@ -8,7 +8,7 @@ from hyperscale.config.section import Section
 
 
 class BackboneSettings(Section):
-    """A Hugging Face LLaMA or T5 model: a packaged name, a local folder, or a hub id."""
+    """A Hugging Face model of a known family (docs/backbones.md): a packaged name, a local folder, or a hub id."""
 
     name: str = Field(min_length=1)
     """`smollm2-135m-instruct` (packaged), a folder (relative to the recipe) or a hub id (`google/t5-v1_1-base`)."""

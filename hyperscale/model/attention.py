@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = frozenset(
         "sliding_window",
     }
 )
-"""What transformers 5.17 to 5.23 pass to the attention of LLaMA, Mistral and Qwen, and `eager` ignores.
+"""What transformers 5.17 to 5.23 pass to the attention of the families in the table, and `eager` ignores.
 
 They also declare `cu_seq_lens_q` and related options, for several texts packed into a row. No mask covers those."""
 
@@ -41,6 +41,8 @@ def grouped_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attend as transformers' `eager` does, in the same order of operations.
@@ -49,12 +51,14 @@ def grouped_attention(
         query: [B, H, T, D]; head `h` reads the keys and values `h // (H / K)`.
         key, value: [B, K, S, D]; K divides H.
         attention_mask: added to the scores, broadcast to [B, H, T, S]; None if all is visible.
+        softcap: scores become `softcap · tanh(scores / softcap)` before the mask is added (Gemma 2).
+        s_aux: [H], a learned score of each head that takes its share of the softmax and has no value (gpt-oss).
 
     Returns:
         The output [B, T, H, D], and the weights [B, H, T, S].
 
     Raises:
-        BackboneError: an option that changes the attention and is not computed here, such as `softcap` or `s_aux`.
+        BackboneError: an option that changes the attention and is not computed here, such as `cu_seq_lens_q`.
     """
     unsupported = [name for name, value in options.items() if value is not None and name not in _WITHOUT_EFFECT]
     if unsupported:
@@ -66,12 +70,28 @@ def grouped_attention(
     groups = key.shape[1]
     together = query.reshape(batch, groups, heads // groups * tokens, width)
     scores = torch.matmul(together, key.transpose(2, 3)).view(batch, heads, tokens, -1) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    if s_aux is None:
+        weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    else:
+        weights = _weights_beside_sinks(scores, s_aux)
+    weights = nn.functional.dropout(weights.to(query.dtype), p=dropout, training=module.training)
     output = torch.matmul(weights.view(batch, groups, heads // groups * tokens, -1), value)
     return output.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), weights
+
+
+def _weights_beside_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    """Return the softmax over the scores [B, H, T, S] and each head's sink [H], without the sinks' share.
+
+    In the scores' own dtype and less their maximum, as transformers computes gpt-oss.
+    """
+    beside = sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
+    both = torch.cat([scores, beside], dim=-1)
+    both = both - both.max(dim=-1, keepdim=True).values
+    return nn.functional.softmax(both, dim=-1, dtype=both.dtype)[..., :-1]
 
 
 def cache_argument(module: nn.Module) -> str:

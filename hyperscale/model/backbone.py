@@ -110,14 +110,15 @@ def open_shapes(settings: BackboneSettings) -> BackboneFolder:
     if not (path / "config.json").is_file():
         raise BackboneError(f"backbone.name: '{settings.name}' has no config.json in {path}")
     architecture, config = _read_config(path / "config.json")
-    names = _tensor_names(_weight_files(path)) if list(path.glob("*.safetensors")) else _untied_names(path, config)
+    has_weights = bool(list(path.glob("*.safetensors")))
+    names = _tensor_names(_weight_files(path)) if has_weights else _untied_names(path, architecture)
     return BackboneFolder(settings.name, path, config, architecture, (), names)
 
 
-def _untied_names(path: Path, config: Any) -> frozenset[str]:
+def _untied_names(path: Path, architecture: Architecture) -> frozenset[str]:
     """Return the names of a T5's untied weights: transformers 5 ignores `tie_word_embeddings: false` in config.json."""
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    is_untied = config.model_type == "t5" and described.get("tie_word_embeddings") is False
+    is_untied = architecture.may_untie_head and described.get("tie_word_embeddings") is False
     return frozenset({"shared.weight", "lm_head.weight"} if is_untied else ())
 
 

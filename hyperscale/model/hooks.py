@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hyperscale.model.adapters.kinds import AdapterKind, Place
-from hyperscale.model.adapters.norm_delta import rms_normalised
 from hyperscale.model.adapters.prefix import Prefix, PrefixedCache, widened_mask
 from hyperscale.model.attention import cache_argument
 
@@ -51,18 +50,35 @@ def before(layer: nn.Module, acting: Acting) -> RemovableHandle:
     return layer.register_forward_pre_hook(adapt)
 
 
-def after_norm(norm: nn.Module, acting: Acting) -> RemovableHandle:
-    """Adapt the output of an RMS norm; the adapter gets the normalised input that the norm's weight multiplies."""
+def inside_norm(norm: nn.Module, acting: Acting) -> Sequence[RemovableHandle]:
+    """Let a norm's own code compute with an adapted weight, whatever that code does with it.
 
-    def adapt(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    Between the two hooks an attribute of the instance hides the parameter, which stays where it is. The first hook runs
+    after that of DeepSpeed, which gathers the parameter.
+    """
+
+    def adapt(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         acts = acting()
         if acts:
-            normalised = rms_normalised(args[0], layer.variance_epsilon, output.dtype)
+            weight: Tensor = layer.get_parameter(_WEIGHT)
             for act in acts:
-                output = act.kind.apply(normalised, output, act.weights)
-        return output
+                weight = act.kind.apply(weight, weight, act.weights)
+            vars(layer)[_WEIGHT] = _broadcast(weight, args[0].dim())
 
-    return norm.register_forward_hook(adapt)
+    def restore(layer: nn.Module, _args: tuple[Tensor, ...], _output: Tensor) -> None:
+        vars(layer).pop(_WEIGHT, None)
+
+    return norm.register_forward_pre_hook(adapt), norm.register_forward_hook(restore, always_call=True)
+
+
+_WEIGHT = "weight"
+
+
+def _broadcast(weight: Tensor, dimensions: int) -> Tensor:
+    """Return [D] unchanged and [B, D] as [B, 1, …, D], which broadcasts over tokens, and over heads where there are."""
+    if weight.dim() == 1:
+        return weight
+    return weight.view(len(weight), *(1 for _ in range(dimensions - 2)), -1)
 
 
 def inside_attention(attention: nn.Module, acting: Acting, mask_argument: str) -> RemovableHandle:

@@ -53,7 +53,7 @@ class Injection:
         for (name, way), here_all in places.items():
             here_all.sort(key=lambda place: order[place.kind.name])
             layer, acting = backbone.get_submodule(name), partial(self._acting, tuple(here_all))
-            self._handles.append(_hook(way, layer, acting, architecture))
+            self._handles.extend(_hook(way, layer, acting, architecture))
         lengths = [kind.length for kind in kinds if isinstance(kind, Prefix)]
         if lengths and architecture.rotary:
             rotary = backbone.get_submodule(architecture.rotary)
@@ -118,22 +118,22 @@ _WAYS: Mapping[Place, str] = {
     "projections": "after",
     "sublayers": "after",
     "inputs": "before",
-    "norms": "after_norm",
+    "norms": "inside_norm",
     "keys": "inside_attention",
     "values": "inside_attention",
 }
 
 
-def _hook(way: str, layer: nn.Module, acting: hooks.Acting, architecture: Architecture) -> RemovableHandle:
+def _hook(way: str, layer: nn.Module, acting: hooks.Acting, architecture: Architecture) -> Sequence[RemovableHandle]:
     match way:
         case "after":
-            return hooks.after(layer, acting)
+            return [hooks.after(layer, acting)]
         case "before":
-            return hooks.before(layer, acting)
-        case "after_norm":
-            return hooks.after_norm(layer, acting)
+            return [hooks.before(layer, acting)]
+        case "inside_norm":
+            return hooks.inside_norm(layer, acting)
         case _:
-            return hooks.inside_attention(layer, acting, architecture.mask_argument)
+            return [hooks.inside_attention(layer, acting, architecture.mask_argument)]
 
 
 def _select(active: _Active, place: _Place) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from hyperscale.errors import ConfigError, nearest
 from hyperscale.model.adapters.kinds import ALL, AdapterKind, Place
 from hyperscale.model.architectures import Architecture, Stack
+from hyperscale.model.families.table import FUSED_QKV
 from hyperscale.model.shapes import whole_shape
 
 
@@ -84,8 +85,10 @@ def find_sites(backbone: nn.Module, architecture: Architecture, kinds: Sequence[
     """List the sites of `kinds` in a backbone; parameters may be on the meta device or partitioned.
 
     Raises:
-        ConfigError: a target is unknown to the family, or this backbone has no such layer in any block.
+        ConfigError: a target is unknown to the family, or this backbone has no such layer in any block. Or a kind acts
+            on norms, and the family's row does not name all of them.
     """
+    _check_norms(backbone, architecture, kinds)
     sites: list[Site] = []
     for stack in architecture.stacks:
         blocks = list(backbone.get_submodule(stack.blocks).children())
@@ -148,12 +151,44 @@ def _sizes(present: Mapping[str, nn.Module], path: str, stack: Stack, place: Pla
     if place == "norms":
         width = _norm_width(present[path])
         return width, width
-    linear: Any = present[stack.projections[place[0]] if place in ("keys", "values") else path]
+    if place in ("keys", "values"):
+        return _key_sizes(present, stack, place)
+    linear: Any = present[path]
     return linear.in_features, linear.in_features if place == "inputs" else linear.out_features
+
+
+def _key_sizes(present: Mapping[str, nn.Module], stack: Stack, place: Place) -> tuple[int, int]:
+    """Return the widths of what makes keys (or values) and of all their heads together."""
+    if FUSED_QKV in stack.projections:
+        fused: Any = present[stack.projections[FUSED_QKV]]
+        output: Any = present[stack.projections["o"]]  # as wide as the queries
+        return fused.in_features, (fused.out_features - output.in_features) // 2
+    linear: Any = present[stack.projections[place[0]]]
+    return linear.in_features, linear.out_features
 
 
 def _norm_width(norm: nn.Module) -> int:
     return whole_shape(norm.get_parameter("weight"))[0]
+
+
+def _check_norms(backbone: nn.Module, architecture: Architecture, kinds: Sequence[AdapterKind]) -> None:
+    """Refuse to adapt "every norm" of a backbone whose row in the table leaves one out."""
+    of_norms = [kind.name for kind in kinds if any(kind.acts_on(target) == "norms" for target in kind.targets)]
+    for stack in architecture.stacks if of_norms else ():
+        for block in backbone.get_submodule(stack.blocks).children():
+            named = {*stack.norms.values(), *stack.untouched}
+            missing = [path for path, module in block.named_modules() if is_norm(module) and path not in named]
+            if missing:
+                raise ConfigError(
+                    f"adaptation.adapters: {of_norms[0]} adapts every norm, but the row of the family "
+                    f"'{architecture.model_type}' does not name '{missing[0]}'; add it to the row's `norms`"
+                )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a layer norm of any kind: its class says so, and it has one vector as weight."""
+    weight = module._parameters.get("weight")
+    return "Norm" in type(module).__name__ and weight is not None and len(whole_shape(weight)) == 1
 
 
 def _check_targets(sites: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:

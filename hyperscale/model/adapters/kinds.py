@@ -12,7 +12,7 @@ from torch import Tensor
 
 Place = Literal["projections", "sublayers", "inputs", "norms", "keys", "values"]
 """The part of a block where a target is looked up, and what is adapted there: a linear layer's output, the output or
-the input of a sub-layer's last linear layer, a layer norm's output, or the keys or values of a self-attention."""
+the input of a sub-layer's last linear layer, a norm's weight, or the keys or values of a self-attention."""
 
 ALL = "all"
 """The target that stands for every entry of its place in the family's table which a block has."""
@@ -75,9 +75,10 @@ class AdapterKind(Protocol):
         """Return the tensor that replaces `y` at a site.
 
         Args:
-            x: the layer's input [B, T, in_features]; for a norm, the normalised input that its weight multiplies.
-            y: the layer's output [B, T, out_features]. For inputs it is the input, and for keys and values
-                [B, heads, T, width / heads]; in these cases `x` is the same tensor.
+            x: the layer's input [B, T, in_features].
+            y: the layer's output [B, T, out_features]. For inputs it is the input, for keys and values
+                [B, heads, T, width / heads], and for a norm its weight [D], or [B, D] after another kind; in these
+                cases `x` is the same tensor.
             weights: for each name of `tensors`, either one task's tensor for the whole batch (the spec's shape) or one
                 tensor per sample (with a leading B).
         """

@@ -1,4 +1,4 @@
-"""Trained layer norms of a frozen backbone: `(w + δ) ⊙ n` is computed as `y + δ ⊙ n`; n is the normalised input.
+"""Trained norms of a frozen backbone: every norm computes with the weight `w + δ`.
 
 The norm's own weight never changes: it is frozen, and under ZeRO-3 its tensor is empty between uses.
 """
@@ -6,12 +6,11 @@ The norm's own weight never changes: it is frozen, and under ZeRO-3 its tensor i
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hyperscale.config.adaptation import NormDeltaSettings
 from hyperscale.model.adapters.kinds import Place, TensorSpec
-from hyperscale.model.adapters.linear import sample_vector
+from hyperscale.model.families.table import NORMS
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class NormDelta:
     settings: NormDeltaSettings
     name = "norm_delta"
     is_generated = False
-    targets = ("attention", "cross_attention", "feed_forward", "final")
+    targets = (*NORMS, "final")
 
     def acts_on(self, target: str) -> Place:
         return "norms"
@@ -31,14 +30,4 @@ class NormDelta:
         return {"delta": TensorSpec((out_features,), "zero")}
 
     def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return y + x * sample_vector(weights["delta"])
-
-
-def rms_normalised(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Return the normalised input [.., D] of an RMS norm: computed in fp32, then rounded to the weight's dtype.
-
-    LLaMA's and T5's norms both compute it this way. Its product with their weight equals their output bit for bit.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (x * scale).to(dtype)
+        return y + weights["delta"]

@@ -43,7 +43,7 @@ def generators() -> None:
 def families() -> None:
     llama = architecture_of("llama")
     hs.register_family(
-        replace(llama, model_type="qwen2", model_class="Qwen2ForCausalLM", block_class="Qwen2DecoderLayer")
+        replace(llama, model_type="seed_oss", model_class="SeedOssForCausalLM", block_class="SeedOssDecoderLayer")
     )
 
 
