@@ -26,8 +26,8 @@ start with:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's error is a message on standard error, without a traceback."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parse(given)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parse(words)
     debug = "debug" in options
     set_up_logging("DEBUG" if debug else None)
     command: Command = options.command
@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parse(given: list[str]) -> argparse.Namespace:
+def _parse(words: list[str]) -> argparse.Namespace:
     """Read the arguments; `key=value` overrides may stand on either side of options, which argparse alone refuses."""
     parser, verbs = _parsers()
-    if not given:
+    if not words:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    if not given[0].startswith("-") and given[0] not in verbs:
-        parser.error(f"no command '{given[0]}'.{nearest(given[0], verbs)} There are: {', '.join(verbs)}")
-    options, rest = parser.parse_known_args(given)
+    if not words[0].startswith("-") and words[0] not in verbs:
+        parser.error(f"no command '{words[0]}'.{nearest(words[0], verbs)} There are: {', '.join(verbs)}")
+    options, rest = parser.parse_known_args(words)
     strangers = [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in options]
     if strangers:
         verb = verbs[options.verb]
@@ -63,7 +63,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
         verb.error(f"unknown: {' '.join(strangers)}.{nearest(strangers[0].partition('=')[0], known)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    options.arguments = given
+    options.arguments = words
     return options
 
 

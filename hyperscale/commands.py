@@ -144,8 +144,8 @@ def _bundles_of(source: str) -> Path:
     from hyperscale.export.generator_folder import is_generator_folder
     from hyperscale.places import open_place
 
-    given = open_place(source)
-    if given.is_local and is_generator_folder(given.local_path):
+    source_place = open_place(source)
+    if source_place.is_local and is_generator_folder(source_place.local_path):
         raise ConfigError(f"{source} is a saved generator, not a run folder: set --output to a bundle folder")
     checkpoint = find_checkpoint(source)
     place = open_place(checkpoint)

@@ -21,8 +21,8 @@ def set_up_logging(level: str | None = None, rank: int = 0) -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is to those who write the code
     root = logging.getLogger("hyperscale")
-    wanted = (level or os.environ.get("HYPERSCALE_LOG", "INFO")).upper()
-    root.setLevel(wanted if rank == 0 else max(logging.ERROR, logging.getLevelNamesMapping().get(wanted, 20)))
+    level_name = (level or os.environ.get("HYPERSCALE_LOG", "INFO")).upper()
+    root.setLevel(level_name if rank == 0 else max(logging.ERROR, logging.getLevelNamesMapping().get(level_name, 20)))
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))

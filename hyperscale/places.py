@@ -52,10 +52,10 @@ class Place:
         # Object stores cache their listings: another process may have written since.
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path, detail=False)
+            entries = self.fs.ls(self.path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return ()
-        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found}
+        names = {str(entry).rstrip("/").rpartition("/")[2] for entry in entries}
         return tuple(self.child(name) for name in sorted(names))
 
     def exists(self) -> bool:

@@ -102,7 +102,7 @@ def test_generators_that_keep_more_than_they_make_do_it_at_once(folder: Path, ki
     generation = adapted.generator.site_by_site(torch.tensor([2, 0]))
     assert isinstance(generation, EagerGeneration)
     for one, other in zip(
-        tensors_of(generation.made), tensors_of(adapted.generator(torch.tensor([2, 0]))), strict=True
+        tensors_of(generation.weights), tensors_of(adapted.generator(torch.tensor([2, 0]))), strict=True
     ):
         assert torch.equal(one, other)
 
@@ -116,12 +116,12 @@ def test_one_set_of_weights_is_neither_copied_nor_taken_apart_by_sample(
     adapted = build(folder, {"kind": kind}, (LoraSettings(rank=2), NormDeltaSettings()))
     adapted.site_by_site = by_site
     tiny.disturb(adapted.generator)
-    seen: dict[type, set[int]] = {}
+    dimensions: dict[type, set[int]] = {}
     for adapter in (Lora, NormDelta):
         apply = adapter.apply
 
         def record(self: Any, x: Tensor, y: Tensor, weights: Any, apply: Any = apply) -> Tensor:
-            seen.setdefault(type(self), set()).add(max(tensor.dim() for tensor in weights.values()))
+            dimensions.setdefault(type(self), set()).add(max(tensor.dim() for tensor in weights.values()))
             return apply(self, x, y, weights)
 
         monkeypatch.setattr(adapter, "apply", record)
@@ -134,7 +134,7 @@ def test_one_set_of_weights_is_neither_copied_nor_taken_apart_by_sample(
     with adapted.training(generation, SLOTS, 3):
         together = adapted.label_logits(ids, mask, labels, positions)
         together.sin().sum().backward()
-    assert seen == {Lora: {2 if kind == "shared" else 3}, NormDelta: {1}}
+    assert dimensions == {Lora: {2 if kind == "shared" else 3}, NormDelta: {1}}
     generation.backward()
     gradients = {name: one.grad.clone() for name, one in adapted.generator.named_parameters()}
 
@@ -159,11 +159,11 @@ def test_one_set_of_weights_is_neither_copied_nor_taken_apart_by_sample(
 def test_answers_are_the_same(folder: Path):
     adapted = build(folder, {"kind": "hypernetwork"})
     ids, mask, labels, positions, _ = batch_of(adapted, slice(0, 6))
-    found = []
+    logits = []
     for adapted.site_by_site in (False, True):
         with torch.no_grad(), adapted.adapting(SLOTS):
-            found.append(adapted.label_logits(ids, mask, labels, positions))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+            logits.append(adapted.label_logits(ids, mask, labels, positions))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-12, atol=1e-12)
 
 
 def test_one_task_needs_no_copies_for_its_samples(folder: Path):
@@ -175,8 +175,8 @@ def test_one_task_needs_no_copies_for_its_samples(folder: Path):
             expected = adapted.label_logits(ids, mask, labels, positions)
         adapted.site_by_site = True
         with adapted.training(adapted.generation(task), torch.zeros(2, dtype=torch.int64), 1):
-            found = adapted.label_logits(ids, mask, labels, positions)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            actual = adapted.label_logits(ids, mask, labels, positions)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def recipe_of(folder: Path, tasks: list[str], **engine: object) -> Recipe:
@@ -208,9 +208,9 @@ def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
     roomy = recipe_of(folder, tasks)
     adapted = tiny.adapted_model(folder, roomy.adaptation.model_dump(), num_tasks=len(tasks))
     kinds = build_kinds(roomy.adaptation.adapters)
-    made = adapted.generator(torch.arange(len(tasks)))
+    weights = adapted.generator(torch.arange(len(tasks)))
     size = generated_bytes(roomy.adaptation, adapted.site_map, kinds, len(tasks), 4)
-    assert size == EagerGeneration(made).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(made))
+    assert size == EagerGeneration(weights).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(weights))
     for budget, by_site in ((f"{size}B", False), (f"{size - 1}B", True)):
         assert (
             generates_site_by_site(recipe_of(folder, tasks, generated_budget=budget), adapted.site_map, kinds)
@@ -238,6 +238,6 @@ def test_the_plan_says_when_the_budget_would_help(
     assert "to make it fit: engine.generated_budget=0B" in run(capsys, *words).out
     assert "generated_budget" not in run(capsys, *words, "engine.generated_budget=0B").out
     assert "generated_budget" not in run(capsys, *words, "engine.activation_checkpointing=false").out
-    refused = run(capsys, *words, "engine.generated_budget=some")
-    assert refused.code == 2
-    assert "engine.generated_budget: 'some' is not allowed: must be an amount of memory such as 500MiB" in refused.err
+    outcome = run(capsys, *words, "engine.generated_budget=some")
+    assert outcome.code == 2
+    assert "engine.generated_budget: 'some' is not allowed: must be an amount of memory such as 500MiB" in outcome.err

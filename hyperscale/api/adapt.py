@@ -72,8 +72,8 @@ def adapt(
     names = _task_names(num_tasks, task_names)
     blueprint = Blueprint.of_backbone(model, architecture_of(model.config.model_type), settings.adapters)
     model.requires_grad_(False)
-    made = blueprint.build_generator(settings, len(names), seed).to(next(model.parameters()).device)
-    return MultiTaskModel(model, made, blueprint, settings, names)
+    module = blueprint.build_generator(settings, len(names), seed).to(next(model.parameters()).device)
+    return MultiTaskModel(model, module, blueprint, settings, names)
 
 
 class MultiTaskModel(nn.Module):
@@ -143,8 +143,8 @@ class MultiTaskModel(nn.Module):
             ValueError: no task is chosen, or not one for each sample.
         """
         self._until_backward.close()
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        inputs |= {name: value for name, value in given.items() if value is not None}
+        named_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        inputs |= {name: value for name, value in named_inputs.items() if value is not None}
         stack = ExitStack()
         stack.enter_context(self._adapting(self._tasks_of(task_ids, _batch_size(inputs))))
         try:
@@ -181,8 +181,8 @@ class MultiTaskModel(nn.Module):
     def weights(self, task: Task) -> Weights:
         """Return one task's adapter weights, fp32 [1, S, …] by group of sites."""
         with torch.no_grad():
-            made: Weights = self.generator(self._numbers(task))
-        return made
+            weights: Weights = self.generator(self._numbers(task))
+        return weights
 
     def save_adapters(self, folder: str | Path, tasks: Sequence[Task] | None = None) -> dict[str, Path]:
         """Write each task's adapters as a folder that PEFT and vLLM load; an earlier folder of a task is replaced.

@@ -61,9 +61,9 @@ def _backbone(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
         yield f"the backbone was {was.get('name')} (sha256 {before[:12]}…), is {now.get('name')} (sha256 {after[:12]}…)"
     elif not (before and after) and was.get("name") != now.get("name"):
         yield f"the backbone was {was.get('name')}, is {now.get('name')}"
-    stored, wanted = was.get("quantization", "none"), now.get("quantization", "none")
-    if stored != wanted:
-        yield f"backbone.quantization was {stored}, is {wanted}"
+    stored, expected = was.get("quantization", "none"), now.get("quantization", "none")
+    if stored != expected:
+        yield f"backbone.quantization was {stored}, is {expected}"
 
 
 def _sites(was: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -147,9 +147,9 @@ class CheckpointStore:
         return tuple(str(place) for place in whole_checkpoints(self._run))
 
     def _free_name(self, step: int) -> str:
-        # A step is saved anew by a run that went back to an earlier checkpoint. The old one stays until the new counts.
-        taken = [key[1] for place in whole_checkpoints(self._run) if (key := parse_name(place.name)) and key[0] == step]
-        return checkpoint_name(step, max(taken, default=0) + 1)
+        # A run that went back to an earlier checkpoint saves a step again. Its old copy stays until the new one counts.
+        keys = [parse_name(place.name) for place in whole_checkpoints(self._run)]
+        return checkpoint_name(step, max((key[1] for key in keys if key and key[0] == step), default=0) + 1)
 
     def _prune(self) -> None:
         newest: dict[int, Place] = {}
@@ -185,12 +185,12 @@ def load_checkpoint(path: str, only: Collection[str] | None = None) -> Checkpoin
     """
     place = open_place(path)
     files = _read_marker(place)
-    wanted = [f for f in files if not f.endswith(TENSORS_SUFFIX) or only is None or f[: -len(TENSORS_SUFFIX)] in only]
-    with _verified(place, {file: files[file] for file in wanted}) as folder:
+    selected = [f for f in files if not f.endswith(TENSORS_SUFFIX) or only is None or f[: -len(TENSORS_SUFFIX)] in only]
+    with _verified(place, {file: files[file] for file in selected}) as folder:
         tensors = {
             # Cloned: load_file maps the file into memory, and a mapped file that is pruned or replaced is a SIGBUS.
             file[: -len(TENSORS_SUFFIX)]: {name: tensor.clone() for name, tensor in load_file(folder / file).items()}
-            for file in wanted
+            for file in selected
             if file.endswith(TENSORS_SUFFIX)
         }
         state = json.loads((folder / STATE).read_text("utf-8"))

@@ -115,17 +115,17 @@ def read_record(folder: Path, name: str) -> RunRecord | None:
         return RunRecord(**{**values, "answers": answers})
     except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunFolderError(
-            f"{file} is damaged or of another version; restore it, or delete it to have that run made again"
+            f"{file} is damaged or of another version; restore it, or delete it to run that trial again"
         ) from error
 
 
 def _answers(folder: str, split: str) -> dict[str, TaskAnswers]:
     """Read answers with the tasks as they were trained, whose labels may have been found in their rows."""
-    stored = load_checkpoint(find_checkpoint(folder), only=()).state["tasks"]
-    tasks = {task.name: task for task in map(Task.model_validate, stored)}
+    task_fields = load_checkpoint(find_checkpoint(folder), only=()).state["tasks"]
+    tasks = {task.name: task for task in map(Task.model_validate, task_fields)}
     answers = {}
-    for name, found in read_predictions(folder, split).items():
-        predictions, references = comparable(tasks[name], found.predictions, found.references)
+    for name, stored_answers in read_predictions(folder, split).items():
+        predictions, references = comparable(tasks[name], stored_answers.predictions, stored_answers.references)
         positive = positive_answer(tasks[name])
         answers[name] = TaskAnswers(tasks[name].metrics, positive, tuple(references), tuple(predictions))
     return answers

@@ -62,7 +62,7 @@ def summarise(outcome: Outcome) -> list[MethodSummary]:
     comparison = outcome.comparison
     answers = {method: [_answers(trial) for trial in trials] for method, trials in outcome.final.items()}
     resampled = _resample(answers, comparison.resamples)
-    observed = {method: _observed(found) for method, found in answers.items()}
+    observed = {method: _observed(of_seeds) for method, of_seeds in answers.items()}
     base = _means(observed[comparison.baseline])
     summaries = []
     for method, trials in outcome.final.items():
@@ -74,7 +74,7 @@ def summarise(outcome: Outcome) -> list[MethodSummary]:
             MethodSummary(
                 method=method,
                 learning_rate=trials[0].trial.learning_rate,
-                search={found.trial.learning_rate: found.validation for found in outcome.search.get(method, ())},
+                search={one.trial.learning_rate: one.validation for one in outcome.search.get(method, ())},
                 task_scores=scores,
                 means=means,
                 difference=statistics.fmean(means) - statistics.fmean(base),
@@ -94,14 +94,14 @@ def _means(scores: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def _answers(finished: FinishedTrial) -> dict[str, TaskAnswers]:
-    return {task: found for record in finished.records for task, found in record.answers.items()}
+    return {task: of_task for record in finished.records for task, of_task in record.answers.items()}
 
 
 def _observed(answers: Sequence[Mapping[str, TaskAnswers]]) -> dict[str, list[float]]:
     """Return task -> main score per seed."""
     return {
-        task: _scores(task, answers, np.arange(len(found.references))[None])[:, 0].tolist()
-        for task, found in answers[0].items()
+        task: _scores(task, answers, np.arange(len(of_task.references))[None])[:, 0].tolist()
+        for task, of_task in answers[0].items()
     }
 
 
@@ -111,8 +111,8 @@ def _resample(answers: Mapping[str, Sequence[Mapping[str, TaskAnswers]]], resamp
     first = next(iter(answers.values()))
     seeds = draw(generator, resamples, len(first))
     totals = {method: np.zeros(resamples) for method in answers}
-    for task, found in first[0].items():
-        rows = draw(generator, resamples, len(found.references))
+    for task, of_task in first[0].items():
+        rows = draw(generator, resamples, len(of_task.references))
         for method, of_method in answers.items():
             scores = _scores(task, of_method, rows)
             totals[method] += np.take_along_axis(scores, seeds.T, axis=0).mean(axis=0) / len(first[0])
@@ -146,28 +146,28 @@ def publish(outcome: Outcome) -> str:
 
 def _versions(outcome: Outcome) -> dict[str, list[str]]:
     """Return package -> the versions that the runs used, more than one where they were made at different times."""
-    found: dict[str, set[str]] = {}
+    by_package: dict[str, set[str]] = {}
     for trials in (*outcome.search.values(), *outcome.final.values()):
         for record in (record for trial in trials for record in trial.records):
             for package, version in record.versions.items():
-                found.setdefault(package, set()).add(version)
-    return {package: sorted(versions) for package, versions in found.items()}
+                by_package.setdefault(package, set()).add(version)
+    return {package: sorted(versions) for package, versions in by_package.items()}
 
 
 def metrics(summaries: Sequence[MethodSummary]) -> dict[str, float]:
     """Return the numbers for a tracker: `compare/<method>/…`."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for summary in summaries:
         prefix = f"compare/{key_part(summary.method)}"
-        found |= {f"{prefix}/{key_part(task)}": statistics.fmean(of) for task, of in summary.task_scores.items()}
-        found |= {
+        values |= {f"{prefix}/{key_part(task)}": statistics.fmean(of) for task, of in summary.task_scores.items()}
+        values |= {
             f"{prefix}/mean": statistics.fmean(summary.means),
             f"{prefix}/deviation": summary.deviation,
             f"{prefix}/difference": summary.difference,
             f"{prefix}/parameters_per_task": summary.parameters_per_task,
             f"{prefix}/tokens_per_second": summary.tokens_per_second,
         }
-    return found
+    return values
 
 
 def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
@@ -177,7 +177,7 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
     recipe = first.trial.recipes[0]
     steps = sum(one.training.steps for one in first.trial.recipes)
     tasks = list(summaries[0].task_scores)
-    samples = {task: len(found.references) for task, found in _answers(first).items()}
+    samples = {task: len(of_task.references) for task, of_task in _answers(first).items()}
     rates = f"Learning rates were chosen on the validation rows with seed {comparison.search_seed}."
     if not outcome.search:
         rates = "All methods were given one learning rate."

@@ -85,8 +85,8 @@ def load_comparison(path: Path) -> Comparison:
     except ValidationError as error:
         raise ConfigError("\n".join(describe(error, Comparison, file.where))) from error
     folder = path.absolute().parent
-    beside = folder / comparison.recipe
-    recipe = str(beside) if beside.is_file() else comparison.recipe
+    local_recipe = folder / comparison.recipe
+    recipe = str(local_recipe) if local_recipe.is_file() else comparison.recipe
     for key, value in (("output", comparison.output), ("records", comparison.records)):
         if value is not None and is_uri(value):
             raise ConfigError(f"{path}: {key}: {value} is a URI; a comparison needs a folder on this machine")

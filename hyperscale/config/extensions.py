@@ -95,5 +95,7 @@ def _implementation(find: Callable[[str], Any], extensions: dict[str, Extension]
     if find(kind) is None or kind not in extensions:
         raise PluginError(f"'{kind}' has no implementation: no installed package registers it")
     implementation = extensions[kind].implementation
-    made: Callable[[Any], Any] = import_object(implementation) if isinstance(implementation, str) else implementation
-    return made
+    function: Callable[[Any], Any] = (
+        import_object(implementation) if isinstance(implementation, str) else implementation
+    )
+    return function

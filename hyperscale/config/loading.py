@@ -152,12 +152,12 @@ def with_tracking_secrets(recipe: Recipe) -> Recipe:
 def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """Change `raw` and return each override as text for messages, in the order given."""
     if isinstance(overrides, Mapping):
-        given = [(key, value, f"{key}={json.dumps(value, ensure_ascii=False)}") for key, value in overrides.items()]
+        parsed = [(key, value, f"{key}={json.dumps(value, ensure_ascii=False)}") for key, value in overrides.items()]
     else:
-        given = [(*_read_override(override), override) for override in overrides]
-    for key, value, text in sorted(given, key=lambda one: not one[0].endswith(".kind")):
+        parsed = [(*_read_override(override), override) for override in overrides]
+    for key, value, text in sorted(parsed, key=lambda one: not one[0].endswith(".kind")):
         _set_value(raw, key, value, text)
-    return [text for _, _, text in given]
+    return [text for _, _, text in parsed]
 
 
 def _read_override(override: str) -> tuple[str, Any]:

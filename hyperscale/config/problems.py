@@ -87,8 +87,8 @@ def _explain(detail: Mapping[str, Any], place: _Place) -> _Problem:
             return _Problem(place.path, value, _allowed(detail["type"], detail["msg"], context))
 
 
-def _one_of(words: Sequence[str], given: str) -> str:
-    close = nearest(given, words)
+def _one_of(words: Sequence[str], word: str) -> str:
+    close = nearest(word, words)
     return f"one of {_list(words)}" + (f".{close}" if close else "")
 
 

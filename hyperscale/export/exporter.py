@@ -70,8 +70,8 @@ class TrainedGenerator:
     @torch.no_grad()
     def weights_of(self, task: int) -> Weights:
         """Return the fp32 weights of one task, K = 1."""
-        made: Weights = self.generator(torch.tensor([task]))
-        return made
+        weights: Weights = self.generator(torch.tensor([task]))
+        return weights
 
 
 def restore_generator(checkpoint: Checkpoint) -> TrainedGenerator:
@@ -126,12 +126,12 @@ def export_bundles(
     return written
 
 
-def _choose_format(asked: str, trained: TrainedGenerator) -> str:
-    if asked == "auto":
+def _choose_format(requested: str, trained: TrainedGenerator) -> str:
+    if requested == "auto":
         return "native" if peft_limitation(trained.site_map, trained.architecture) else "peft"
-    if asked == "peft":
+    if requested == "peft":
         require_peft_support(trained.site_map, trained.architecture)
-    return asked
+    return requested
 
 
 def _write_bundle(trained: TrainedGenerator, index: int, target: Path, format: str) -> Path:

@@ -32,7 +32,7 @@ def tensors_by_module(weights: Weights, site_map: SiteMap) -> ModuleTensors:
     return by_module
 
 
-def _public_name(site: Site, name: str, taken: Mapping[str, Tensor]) -> str:
+def _public_name(site: Site, name: str, tensors: Mapping[str, Tensor]) -> str:
     if site.kind == "lora":
         return _LORA[name]
     if site.kind == "prefix":
@@ -42,4 +42,4 @@ def _public_name(site: Site, name: str, taken: Mapping[str, Tensor]) -> str:
     public = f"{site.kind}_{name}"
     if site.kind == "ia3" and site.position == INNER:
         return f"{public}_input"
-    return f"{public}_{site.position}" if public in taken else public
+    return f"{public}_{site.position}" if public in tensors else public

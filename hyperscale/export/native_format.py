@@ -26,8 +26,8 @@ def write_native(folder: Path, weights: Weights, dtype: torch.dtype) -> None:
 
 def read_native(folder: Path, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
     """Read back weights [1, S, …] of every group."""
-    found: dict[str, dict[str, Tensor]] = {group: {} for group in site_map.groups}
+    weights: dict[str, dict[str, Tensor]] = {group: {} for group in site_map.groups}
     for key, tensor in load_file(folder / TENSORS).items():
         group, _, name = key.partition(_SEPARATOR)
-        found[group][name] = tensor.unsqueeze(0)
-    return found
+        weights[group][name] = tensor.unsqueeze(0)
+    return weights

@@ -51,15 +51,15 @@ def greedy_decode(
     finished = torch.zeros_like(rows, dtype=torch.bool)
     longest = int(limits.max())
     answers = stop_ids[0].repeat(len(rows), longest)
-    made = 0
+    num_tokens = 0
     while True:
         token = steps.next_logits().argmax(-1)
-        if made < longest:  # beyond it, this rank only runs the forwards that another rank needs
-            answers[rows, made] = torch.where(finished, stop_ids[0], token)
-        made += 1
-        finished |= torch.isin(token, stop_ids) | (limits <= made)
+        if num_tokens < longest:  # beyond it, this rank only runs the forwards that another rank needs
+            answers[rows, num_tokens] = torch.where(finished, stop_ids[0], token)
+        num_tokens += 1
+        finished |= torch.isin(token, stop_ids) | (limits <= num_tokens)
         if not anyone(not bool(finished.all())):
-            return answers[:, :made]
+            return answers[:, :num_tokens]
         if finished.float().mean() > _FINISHED_SHARE and len(rows) > 1:
             going = _unfinished(finished)
             rows, limits, finished, token = rows[going], limits[going], finished[going], token[going]

@@ -138,11 +138,11 @@ def check_capacity(recipe: Recipe) -> None:
 
 def wait_for_resources(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Wait `cluster.wait_minutes` for what others use now; `ResourceError` if the cluster stays busy."""
-    asked = required_resources(recipe.cluster)
+    required = required_resources(recipe.cluster)
     end = time.monotonic() + 60 * recipe.cluster.wait_minutes
     while True:
         free = ray.available_resources()  # type: ignore[no-untyped-call]
-        missing = {name: amount for name, amount in asked.items() if free.get(name, 0.0) + 1e-6 < amount}
+        missing = {name: amount for name, amount in required.items() if free.get(name, 0.0) + 1e-6 < amount}
         if not missing:
             return
         used = ", ".join(f"{amount:g} {name} asked, {free.get(name, 0.0):g} free" for name, amount in missing.items())
@@ -167,7 +167,7 @@ def check_shared_folder(recipe: Recipe) -> None:
     place = open_place(recipe.output).child(f".seen-{uuid.uuid4().hex[:8]}")
     place.fs.pipe_file(place.path, b"")
     try:
-        seen = [
+        answers = [
             _sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 str(place)
             )
@@ -176,7 +176,7 @@ def check_shared_folder(recipe: Recipe) -> None:
         # Two nodes may have one name and one address: those of one machine.
         blind = [
             f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            for node, answer in zip(nodes, ray.get(seen, timeout=120), strict=True)
+            for node, answer in zip(nodes, ray.get(answers, timeout=120), strict=True)
             if not answer
         ]
     finally:

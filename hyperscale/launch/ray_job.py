@@ -64,10 +64,10 @@ def _require_durable_output(arguments: Sequence[str], working_dir: Path | None) 
     recipe, *rest = arguments
     sent = working_dir / recipe if working_dir else None
     path = sent if sent and sent.is_file() else find_recipe(recipe)
-    given = [word.removeprefix("output=") for word in rest if word.startswith("output=")]
-    output = given[-1] if given else str(yaml.safe_load(path.read_text("utf-8"))["output"])
+    overrides = [word.removeprefix("output=") for word in rest if word.startswith("output=")]
+    output = overrides[-1] if overrides else str(yaml.safe_load(path.read_text("utf-8"))["output"])
     if "://" not in output and not output.startswith(("/", "~", "$")):
-        where = "the override" if given else str(path)
+        where = "the override" if overrides else str(path)
         raise ConfigError(
             f"{where}: output={output} is a relative path, which a job would lose with its temporary folder; give an "
             "absolute path that all nodes share, or a URI such as s3://bucket/run: output=/shared/runs/NAME"

@@ -27,11 +27,11 @@ def shortfall(cluster: ClusterSettings, nodes: Sequence[Mapping[str, float]]) ->
     if places >= cluster.workers:
         return None
     there = ", ".join(f"{amount:g} {name}" for name, amount in total.items() if amount or each[name])
-    wanted = ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+    amounts = ", ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
     fitting = f"set cluster.workers={places}" if places else f"lower cluster.{_scarcest(nodes, each)}"
     on = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
     return (
-        f"cluster.workers {cluster.workers} with {wanted} each do not fit: the cluster has {there} on {on}, "
+        f"cluster.workers {cluster.workers} with {amounts} each do not fit: the cluster has {there} on {on}, "
         f"room for {places}. {fitting[0].upper()}{fitting[1:]}, or add nodes"
     )
 

@@ -91,9 +91,9 @@ def open_backbone(settings: BackboneSettings) -> BackboneFolder:
     files = _weight_files(path)
     if not files:
         pickled = sorted(item.name for item in path.glob("*.bin"))
-        found = f"only {', '.join(pickled[:3])}, which is pickled" if pickled else "no weights"
+        contents = f"only {', '.join(pickled[:3])}, which is pickled" if pickled else "no weights"
         raise BackboneError(
-            f"backbone.name: {path} holds {found}; hyperscale reads safetensors. Convert with: "
+            f"backbone.name: {path} holds {contents}; hyperscale reads safetensors. Convert with: "
             f'python -c "import transformers; transformers.{architecture.model_class}'
             f".from_pretrained('{path}').save_pretrained('NEW_FOLDER')\""
         )

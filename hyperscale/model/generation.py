@@ -38,16 +38,16 @@ class Generation(Protocol):
 class _DetachedWeights:
     """Generated tensors, and detached leaves in their place that collect gradients in fp32."""
 
-    def __init__(self, made: Weights) -> None:
-        self.made = made
-        self._leaves = as_leaves(made)
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self._leaves = as_leaves(weights)
 
     def backward(self) -> None:
-        backward(self.made, self._leaves)
+        backward(self.weights, self._leaves)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in tensors_of(self.made))
+        return sum(tensor.nbytes for tensor in tensors_of(self.weights))
 
 
 class EagerGeneration(_DetachedWeights):
@@ -90,7 +90,7 @@ class CombinedGeneration:
 
     def source(self, dtype: torch.dtype) -> Source:
         generated, kept = self._generation.source(dtype), self._kept.source(dtype)
-        return lambda group, index: kept(group, index) if group in self._kept.made else generated(group, index)
+        return lambda group, index: kept(group, index) if group in self._kept.weights else generated(group, index)
 
     def backward(self) -> None:
         self._generation.backward()

@@ -35,8 +35,8 @@ def with_described_tasks(trained: TrainedGenerator, names: Sequence[str | Task])
         )
     is_encoder_decoder = trained.architecture.is_encoder_decoder
     folders = trained.recipe.data.task_folders
-    given = [name if isinstance(name, Task) else load_task(name, folders) for name in names]
-    tasks = [task.written_for(is_encoder_decoder) for task in given]
+    loaded = [name if isinstance(name, Task) else load_task(name, folders) for name in names]
+    tasks = [task.written_for(is_encoder_decoder) for task in loaded]
     for task in tasks:
         _check_describable(task, [known.name for known in trained.tasks])
     folder = open_backbone(trained.recipe.backbone)

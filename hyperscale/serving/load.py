@@ -114,14 +114,14 @@ def load_bundles(folders: Sequence[Path], backbone: str | None = None, dtype: st
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         check_alike(folder, manifest, first)
-    found, settings = _open_backbone(folders[0], first, backbone, dtype)
+    backbone_folder, settings = _open_backbone(folders[0], first, backbone, dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _logger.info("loading %s (%s) on %s", settings.name, settings.dtype, device)
-    module = load_dense(found, settings).eval().to(device)
+    module = load_dense(backbone_folder, settings).eval().to(device)
     blueprint = Blueprint.of_sites(first.sites, first.backbone.model_type, first.adapters)
     weights = StoredWeights([])
     model = blueprint.adapt(module, weights)
-    loaded = LoadedBundles(model, weights, AutoTokenizer.from_pretrained(found.path), device)
+    loaded = LoadedBundles(model, weights, AutoTokenizer.from_pretrained(backbone_folder.path), device)
     for folder, manifest in zip(folders, manifests, strict=True):
         loaded.append(folder, manifest)
     return loaded
@@ -151,14 +151,14 @@ def _open_backbone(
             "quantization": manifest.backbone.quantization,
         }
     )
-    found = open_backbone(settings)
-    if found.digest() != manifest.backbone.digest:
+    backbone_folder = open_backbone(settings)
+    if backbone_folder.digest() != manifest.backbone.digest:
         raise BundleError(
             f"bundle {folder} was made for the backbone '{manifest.backbone.name}' "
-            f"(digest {manifest.backbone.digest[:12]}…), but {found.path} is another model "
-            f"(digest {found.digest()[:12]}…); give the right one with --backbone"
+            f"(digest {manifest.backbone.digest[:12]}…), but {backbone_folder.path} is another model "
+            f"(digest {backbone_folder.digest()[:12]}…); give the right one with --backbone"
         )
-    return found, settings
+    return backbone_folder, settings
 
 
 def _read(folder: Path, manifest: BundleManifest, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:

@@ -211,22 +211,22 @@ def _database_creation_lock(uri: str) -> Iterator[None]:
 
 
 def _experiment(client: MlflowClient, name: str, uri: str) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         # Without a server MLflow would put artifacts into ./mlruns, wherever this process runs.
         root = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
         location = (root / "mlartifacts" / key_part(name)).as_uri() if root else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # another run has just created it
-            if found is None:
+            experiment = client.get_experiment_by_name(name)  # another run has just created it
+            if experiment is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise ConfigError(
             f"tracking.mlflow.experiment: '{name}' was deleted in MLflow. Restore it there, or choose another name."
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _find_run(client: MlflowClient, experiment: str, run_key: str, run_id: str | None) -> Any:
@@ -239,8 +239,8 @@ def _find_run(client: MlflowClient, experiment: str, run_key: str, run_id: str |
         else:
             if run.info.lifecycle_stage == "active":
                 return run
-    found = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{run_key}'", max_results=1)
-    return found[0] if found else None
+    runs = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{run_key}'", max_results=1)
+    return runs[0] if runs else None
 
 
 def _dataset_input(name: str, about: Mapping[str, Any]) -> DatasetInput:

@@ -40,8 +40,8 @@ class Pusher:
         self._closing = False
         self._give_up_at = float("inf")
         self._is_failing = False
-        self._has_refused = False
-        self._num_refused = 0
+        self._has_warned = False
+        self._num_skipped = 0
         self._is_done = False
         self._is_open = False
         self._folder = ""
@@ -92,7 +92,7 @@ class Pusher:
         thread.join(self._patience)
         while thread.is_alive() and not self._is_failing and time.monotonic() < now + self._limit:
             thread.join(0.1)
-        if not self._is_done or self._num_refused:
+        if not self._is_done or self._num_skipped:
             command = f"hyperscale track {self._folder} --to {self._name}"
             _log.warning("Some records did not reach %s; send them once it answers: %s", self._name, command)
 
@@ -130,7 +130,7 @@ class Pusher:
                 if not self._tracker.is_temporary(error):
                     if len(entries) > 1:  # find the entry that is refused
                         return all(self._deliver([entry], may_be_there=True) for entry in entries)
-                    self._refused(error)
+                    self._skip(error)
                     return True
                 if not self._is_failing:
                     _log.warning("%s does not answer; it is tried again (%s)", self._name, first_line(error))
@@ -144,11 +144,11 @@ class Pusher:
                 self._is_failing = False
                 return True
 
-    def _refused(self, error: Exception) -> None:
-        self._num_refused += 1
-        if not self._has_refused:
-            _log.warning("%s refused a record: %s", self._name, first_line(error))
-        self._has_refused = True
+    def _skip(self, error: Exception) -> None:
+        self._num_skipped += 1
+        if not self._has_warned:
+            _log.warning("%s rejected a record: %s", self._name, first_line(error))
+        self._has_warned = True
 
     def _rest(self, pause: float) -> bool:
         """Wait before the next attempt; return True when it is time to give up."""

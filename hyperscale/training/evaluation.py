@@ -59,12 +59,12 @@ class Evaluator:
             for example, encoded in zip(loaded.scored(split).examples, loaded.scored(split).encoded, strict=True)
         ]
         with self.engine.evaluating():
-            given = iter(answerer(questions, adapted=stage != UNTOUCHED))
+            predictions = iter(answerer(questions, adapted=stage != UNTOUCHED))
         answers: dict[str, list[str]] = {}
         scores = {}
         for loaded in self.corpus.tasks:
             references = [example.target for example in loaded.scored(split).examples]
-            answers[loaded.task.name] = [next(given) for _ in references]
+            answers[loaded.task.name] = [next(predictions) for _ in references]
             if references:
                 scores[loaded.task.name] = score(loaded.task, answers[loaded.task.name], references)
         samples = _samples(self.corpus, split)
