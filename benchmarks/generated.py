@@ -84,9 +84,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "| way | generated MiB | peak MiB | predicted MiB | processor s a step | last loss |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for way, found in results.items():
-        sizes = " | ".join(f"{found[key] / MIB:,.0f}" for key in ("generated", "peak", "predicted"))
-        lines.append(f"| {way} | {sizes} | {found['seconds']:.2f} | {found['losses'][-1]:.4f} |")
+    for way, result in results.items():
+        sizes = " | ".join(f"{result[key] / MIB:,.0f}" for key in ("generated", "peak", "predicted"))
+        lines.append(f"| {way} | {sizes} | {result['seconds']:.2f} | {result['losses'][-1]:.4f} |")
     return "\n".join(lines)
 
 

@@ -58,7 +58,7 @@ def cases_of(stage: str, small: bool) -> dict[str, Case]:
         model = "llama-tiny" if small else "llama-8b"
         return {side: {"run": "load", "model": model, "engine": side} for side in ("zero", "peft")}
     model = f"{STEPS[stage].split('-')[0]}-tiny" if small else STEPS[stage]
-    found: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
     for length in (32, 64) if small else SEQUENCES:
         for side in ("zero", "local", "peft"):
             for checkpointing in (False, True):
@@ -66,9 +66,9 @@ def cases_of(stage: str, small: bool) -> dict[str, Case]:
                     continue
                 name = f"{side} {length}" + (" checkpointed" if checkpointing else "")
                 rows = 4 if small else ROWS[length]
-                found[name] = {"run": "step", "model": model, "engine": side, "rows": rows, "length": length}
-                found[name]["checkpointing"] = checkpointing
-    return found
+                cases[name] = {"run": "step", "model": model, "engine": side, "rows": rows, "length": length}
+                cases[name]["checkpointing"] = checkpointing
+    return cases
 
 
 def run_case(case: Case, scratch: Path) -> Case:
@@ -85,10 +85,10 @@ def run_case(case: Case, scratch: Path) -> Case:
     except subprocess.TimeoutExpired:
         last_lines = [f"not done after {CASE_SECONDS} s"]
     if answer.exists():
-        found: Case = json.loads(answer.read_text(encoding="utf-8"))
+        figures: Case = json.loads(answer.read_text(encoding="utf-8"))
     else:
-        found = {"failed": " / ".join(last_lines)}
-    return {**case, **found, "wall_seconds": round(time.monotonic() - start, 1)}
+        figures = {"failed": " / ".join(last_lines)}
+    return {**case, **figures, "wall_seconds": round(time.monotonic() - start, 1)}
 
 
 def run_stage(stage: str, output: Path, scratch: Path, small: bool, only: str = "") -> dict[str, Case]:

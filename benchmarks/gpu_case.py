@@ -176,14 +176,14 @@ def run_step(case: dict[str, Any], scratch: Path, device: torch.device) -> dict[
         engine, folder = engine_of(case, scratch, device, collective)
         batch = random_batch(case, folder, 0)
         seconds, peak = _timed(lambda number: engine.train_step([batch], number), device)
-        found = _speed(case, operations, seconds, peak, device)
+        figures = _speed(case, operations, seconds, peak, device)
         tasks = torch.arange(min(TASKS, case["rows"]), device=device)
-        found["generation_share"] = _generation_seconds(engine, tasks, device) / seconds
+        figures["generation_share"] = _generation_seconds(engine, tasks, device) / seconds
         recipe = recipe_of(case, backbone, device)
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
         plan = plan_memory(describe_run(recipe, folder), read_sharding(recipe, 1, kind), frozenset(), kind)
-        found["planned_gib"] = plan.total / 2**30
-    return found
+        figures["planned_gib"] = plan.total / 2**30
+    return figures
 
 
 def run_matmul(case: dict[str, Any], _scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -267,8 +267,8 @@ def _generation_seconds(engine: Engine, tasks: torch.Tensor, device: torch.devic
     """Return the seconds of making all adapters of a step and of the way back through the generator."""
 
     def there_and_back(_number: int) -> None:
-        made = engine.model.generator(tasks)
-        sum(tensor.sum() for group in made.values() for tensor in group.values()).backward()  # type: ignore[union-attr]
+        weights = engine.model.generator(tasks)
+        sum(tensor.sum() for group in weights.values() for tensor in group.values()).backward()  # type: ignore[union-attr]
 
     seconds, _ = _timed(there_and_back, device)
     engine.model.generator.zero_grad()
@@ -290,9 +290,9 @@ def main() -> None:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.manual_seed(0)
-    found = RUNS[case["run"]](case, scratch, device)
+    figures = RUNS[case["run"]](case, scratch, device)
     if int(os.environ.get("RANK", "0")) == 0:
-        answer.write_text(json.dumps(found), encoding="utf-8")
+        answer.write_text(json.dumps(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

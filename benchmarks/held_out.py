@@ -88,9 +88,9 @@ def answered(corpus: Corpus, loaded: LoadedBundles, adapted: bool) -> list[float
         questions = [Question(index, encoded, example.candidates) for example, encoded in pairs]
         with torch.no_grad():
             answers = answerer(questions, adapted=adapted)
-        found = main_score(score(one.task, answers, [example.target for example in examples]))
-        assert found is not None, f"{one.task.name} has no main score"
-        scores.append(found)
+        value = main_score(score(one.task, answers, [example.target for example in examples]))
+        assert value is not None, f"{one.task.name} has no main score"
+        scores.append(value)
     return scores
 
 
@@ -100,11 +100,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"| task | rows | majority | backbone alone | {RANDOM} random descriptions (mean) | own description |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for name, found in results.items():
-        chance = ", ".join(f"{one:.1f}" for one in found["random"])
+    for name, result in results.items():
+        chance = ", ".join(f"{one:.1f}" for one in result["random"])
         lines.append(
-            f"| {name} | {found['rows']} | {found['majority']:.1f} | {found['none']:.1f} "
-            f"| {chance} ({statistics.fmean(found['random']):.1f}) | {found[OWN]:.1f} |"
+            f"| {name} | {result['rows']} | {result['majority']:.1f} | {result['none']:.1f} "
+            f"| {chance} ({statistics.fmean(result['random']):.1f}) | {result[OWN]:.1f} |"
         )
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ def make_backbone(folder: Path) -> None:
 
 
 @contextmanager
-def _measured(found: dict[str, float]) -> Iterator[None]:
+def _measured(figures: dict[str, float]) -> Iterator[None]:
     """Measure the growth of the resident memory at its highest, bytes read and seconds inside the `with`."""
     before, read, start = _resident(), _bytes_read(), time.perf_counter()
     highest, done = [before], threading.Event()
@@ -53,11 +53,11 @@ def _measured(found: dict[str, float]) -> Iterator[None]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     yield
-    found["seconds"] = time.perf_counter() - start
+    figures["seconds"] = time.perf_counter() - start
     done.set()
     watcher.join()
-    found["read_mib"] = (_bytes_read() - read) / MIB
-    found["peak_mib"] = (max(highest[0], _resident()) - before) / MIB
+    figures["read_mib"] = (_bytes_read() - read) / MIB
+    figures["peak_mib"] = (max(highest[0], _resident()) - before) / MIB
 
 
 def _resident() -> int:
@@ -80,11 +80,11 @@ def load(way: str, folder: str) -> None:
 
     recipe = _recipe(folder, ranks)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     dist.barrier()
     if way == "ours":
         opened = open_backbone(recipe.backbone)
-        with _measured(found):
+        with _measured(figures):
             module, _ = shard_backbone(opened, recipe, torch.device("cpu"), ranks)
     else:
         from transformers.integrations import HfDeepSpeedConfig  # noqa: PLC0415
@@ -95,14 +95,14 @@ def load(way: str, folder: str) -> None:
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         }
         kept = HfDeepSpeedConfig(config)  # transformers looks for it through a weak reference
-        with _measured(found):
+        with _measured(figures):
             module = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False)
             deepspeed.initialize(model=module, config=config)
         del kept
     parameters: list[Any] = list(module.parameters())
-    found["share_mib"] = sum(one.ds_tensor.numel() * one.ds_tensor.element_size() for one in parameters) / MIB
+    figures["share_mib"] = sum(one.ds_tensor.numel() * one.ds_tensor.element_size() for one in parameters) / MIB
     everyone: list[Any] = [None] * ranks
-    dist.all_gather_object(everyone, found)
+    dist.all_gather_object(everyone, figures)
     if rank == 0:
         print("RESULT " + json.dumps(everyone), flush=True)
     dist.destroy_process_group()
@@ -135,8 +135,8 @@ def _run(way: str, folder: Path, ranks: int) -> list[dict[str, float]]:
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         raise SystemExit(f"benchmarks.load: {way} on {ranks} ranks failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    found: list[dict[str, float]] = json.loads(line.removeprefix("RESULT "))
-    return found
+    figures: list[dict[str, float]] = json.loads(line.removeprefix("RESULT "))
+    return figures
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:

@@ -51,5 +51,5 @@ def measured_apart(module: str, *words: str) -> dict[str, Any]:
     """Run a module in a process of its own, whose peak is then no other's; return the JSON of its last line."""
     command = [sys.executable, "-W", "ignore", "-m", module, *words]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, Any] = json.loads(answer.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(answer.splitlines()[-1])
+    return figures

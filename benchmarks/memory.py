@@ -167,10 +167,10 @@ def run_rank(number: int, backbone: Path, output: Path) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found: list[Any] = [None] * RANKS
-    dist.all_gather_object(found, measure(CASES[number], backbone))
+    measurements: list[Any] = [None] * RANKS
+    dist.all_gather_object(measurements, measure(CASES[number], backbone))
     if dist.get_rank() == 0:
-        worst = max(found, key=lambda one: one["measured"])
+        worst = max(measurements, key=lambda one: one["measured"])
         output.write_text(json.dumps(worst), encoding="utf-8")
     dist.destroy_process_group()
 
@@ -181,14 +181,14 @@ def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
         "| backbone | dtype | resident | checkpointing | preset | predicted | measured | ratio | between steps |",
         "|---|---|---|---|---|---:|---:|---:|---:|",
     ]
-    for case, found in rows:
-        ratio = found["predicted"] / found["measured"]
+    for case, result in rows:
+        ratio = result["predicted"] / result["measured"]
         mark = "" if abs(ratio - 1) <= 0.15 else " (beyond 15 %)"
         checkpointing = "on" if case.checkpointing else "off"
         lines.append(
             f"| {case.model} | {case.dtype} | {case.resident} | {checkpointing} | {case.preset} "
-            f"| {found['predicted'] / MIB:.0f} | {found['measured'] / MIB:.0f} | {ratio:.2f}{mark} "
-            f"| {found['between_steps'] / MIB:.0f} |"
+            f"| {result['predicted'] / MIB:.0f} | {result['measured'] / MIB:.0f} | {ratio:.2f}{mark} "
+            f"| {result['between_steps'] / MIB:.0f} |"
         )
     return "\n".join(lines)
 
@@ -231,7 +231,7 @@ def main() -> None:
     print(table(rows))
     if options.output:
         machine = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
-        report = {"cases": [{**vars(case), **found} for case, found in rows], "machine": machine}
+        report = {"cases": [{**vars(case), **result} for case, result in rows], "machine": machine}
         text = json.dumps(report | {"versions": package_versions()}, indent=2)
         options.output.write_text(text + "\n", encoding="utf-8")
 

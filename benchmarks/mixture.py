@@ -43,15 +43,15 @@ def measure(dtype: str) -> dict[str, Any]:
     }
     gradients = [torch.ones_like(tensor) for tensor in tensors_of(engines[8].model.generator(torch.arange(8)))]
     steps = [batches[0] for batches in batches_of(recipe, 0, WARM_UP_STEPS + ROUNDS)]
-    found: dict[str, Any] = {row: {"seconds": [], "processor": []} for row in ROWS}
-    found["generation"] = {"seconds": [], "processor": []}
+    figures: dict[str, Any] = {row: {"seconds": [], "processor": []} for row in ROWS}
+    figures["generation"] = {"seconds": [], "processor": []}
     for number, batch in enumerate(steps):
         for row, (known, mixed) in ROWS.items():
             of_tasks = with_tasks(batch, mixed)
-            _timed(found[row], number, lambda: engines[known].train_step([of_tasks], number))  # noqa: B023 (called here)
-        _timed(found["generation"], number, lambda: generate(engines[8], gradients))
-    found["difference"] = difference(engines[8], steps[0])
-    return found
+            _timed(figures[row], number, lambda: engines[known].train_step([of_tasks], number))  # noqa: B023 (called here)
+        _timed(figures["generation"], number, lambda: generate(engines[8], gradients))
+    figures["difference"] = difference(engines[8], steps[0])
+    return figures
 
 
 def with_tasks(batch: Batch, mixed: int) -> Batch:
@@ -61,11 +61,11 @@ def with_tasks(batch: Batch, mixed: int) -> Batch:
 
 def generate(engine: Engine, gradients: Sequence[Tensor]) -> None:
     """Make the weights of eight tasks and send gradients back: all that a step generates."""
-    made = engine.model.generator(torch.arange(8))
-    leaves = as_leaves(made)
+    weights = engine.model.generator(torch.arange(8))
+    leaves = as_leaves(weights)
     for leaf, gradient in zip(tensors_of(leaves), gradients, strict=True):
         leaf.grad = gradient
-    backward(made, leaves)
+    backward(weights, leaves)
     engine.model.generator.zero_grad()  # type: ignore[attr-defined]
 
 

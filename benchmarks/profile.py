@@ -72,11 +72,11 @@ def both_products(linear: nn.Linear, tokens: int) -> int:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Return the floor's share and the operators' as text."""
     lines = []
-    for dtype, found in results.items():
-        share = statistics.median(floor / step for floor, step in zip(found["floors"], found["steps"], strict=True))
-        step, floor, rate = (statistics.median(found[key]) for key in ("steps", "floors", "gflops"))
+    for dtype, result in results.items():
+        share = statistics.median(floor / step for floor, step in zip(result["floors"], result["steps"], strict=True))
+        step, floor, rate = (statistics.median(result[key]) for key in ("steps", "floors", "gflops"))
         lines.append(f"{dtype}: step {step:.3f} cpu s, floor {floor:.3f} cpu s ({rate:.0f} GFLOP/s): {share:.0%}")
-        lines += [f"  {part:>6.1%}  {name}" for name, part in found["shares"].items()]
+        lines += [f"  {part:>6.1%}  {name}" for name, part in result["shares"].items()]
     return "\n".join(lines)
 
 

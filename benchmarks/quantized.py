@@ -58,10 +58,10 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     for dtype, ways in results.items():
-        for way, found in ways.items():
-            sizes = " | ".join(f"{found[key] / MIB:.0f}" for key in ("held", "peak"))
+        for way, result in ways.items():
+            sizes = " | ".join(f"{result[key] / MIB:.0f}" for key in ("held", "peak"))
             name = dtype if way == "none" else way
-            lines.append(f"| {dtype} | {name} | {sizes} | {found['seconds']:.2f} | {found['loss']:.4f} |")
+            lines.append(f"| {dtype} | {name} | {sizes} | {result['seconds']:.2f} | {result['loss']:.4f} |")
     return "\n".join(lines)
 
 

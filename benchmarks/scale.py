@@ -120,12 +120,12 @@ def between_marks(text: str) -> str:
 
 def main() -> None:
     """Print the table, or write it into the document."""
-    made = table()
+    new_table = table()
     if "--write" not in sys.argv[1:]:
-        print(made)
+        print(new_table)
         return
     text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(text.replace(between_marks(text), made), encoding="utf-8")
+    DOCUMENT.write_text(text.replace(between_marks(text), new_table), encoding="utf-8")
 
 
 if __name__ == "__main__":

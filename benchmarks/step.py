@@ -52,18 +52,18 @@ def measure(dtype: str, names: Sequence[str], folder: Path, rounds: int) -> Figu
         Group(name, RANKS, "benchmarks.step_peft" if name in PEERS else "benchmarks.step_ours", [name, dtype], folder)
         for name in names
     ]
-    found: Figures = {}
+    series: Figures = {}
     try:
         for number in range(WARM_UP_STEPS + rounds):
             for group in groups:
                 for row, figures in group.turn(number).items():
                     if number >= WARM_UP_STEPS:
                         for key, value in figures.items():
-                            found.setdefault(row, {}).setdefault(key, []).append(value)
+                            series.setdefault(row, {}).setdefault(key, []).append(value)
     finally:
         for group in groups:
             group.stop()
-    return found
+    return series
 
 
 def table(results: Mapping[str, Figures]) -> str:

@@ -38,10 +38,10 @@ def main() -> None:
             print(f"step {step} loss {loss.item():.3f}")
 
     model.eval()
-    asked = tokenizer([prompt("walk")] * len(TASKS), return_tensors="pt")
+    prompts = tokenizer([prompt("walk")] * len(TASKS), return_tensors="pt")
     with model.tasks(TASKS):  # one prompt, a different task for each sample
-        answers = model.generate(**asked, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    for task, answer in zip(TASKS, answers[:, asked["input_ids"].shape[1] :], strict=True):
+        answers = model.generate(**prompts, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    for task, answer in zip(TASKS, answers[:, prompts["input_ids"].shape[1] :], strict=True):
         print(f"{task}: {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
 
 

@@ -51,8 +51,8 @@ def collate(encoded: list[dict[str, list[int] | int]]) -> dict[str, Tensor]:
 
 def dataset(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int] | int]]:
     """Return all rows, encoded."""
-    found = []
+    encoded = []
     for source, target, task in rows():
         input_ids, labels = encode(tokenizer, source, target)
-        found.append({"input_ids": input_ids, "labels": labels, "task_ids": task})
-    return found
+        encoded.append({"input_ids": input_ids, "labels": labels, "task_ids": task})
+    return encoded
