@@ -109,22 +109,22 @@ def end(process: subprocess.Popen[bytes], folder: Path) -> None:
     """Stop a Ray node that we have started, and whatever of it outlives its first process."""
     process.kill()  # asked nicely, it takes 20 s
     left = processes_of(folder)
-    for found in left:
+    for survivor in left:
         with suppress(psutil.Error):
-            found.kill()
+            survivor.kill()
     psutil.wait_procs(left, timeout=10)
     process.wait()
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
     """Return the processes that name a folder on their command line or in their environment."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             words = [*process.cmdline(), *process.environ().values()]
             if process.pid != os.getpid() and any(str(folder) in word for word in words):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def client_environment(**variables: str) -> dict[str, str]:

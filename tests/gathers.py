@@ -27,7 +27,7 @@ def logged_gathers(backbone: nn.Module) -> Iterator[list[Gather]]:
     DeepSpeed fetches through a method that it hangs on every parameter, `all_gather_coalesced`; all its fetches before
     modules, ahead of modules and in the backward pass go through it, and only they.
     """
-    found: list[Gather] = []
+    gathers: list[Gather] = []
     names = {id(parameter): name for name, parameter in backbone.named_parameters()}
     parameters: list[Any] = list(backbone.parameters())
     before = [parameter.all_gather_coalesced for parameter in parameters]
@@ -35,7 +35,7 @@ def logged_gathers(backbone: nn.Module) -> Iterator[list[Gather]]:
     def logged(gather: Callable[..., Any]) -> Callable[..., Any]:
         def run(params: Iterable[Any], *args: Any, **options: Any) -> Any:
             together = sorted(params, key=lambda one: int(one.ds_id))
-            found.append(Gather(tuple(names[id(one)] for one in together), sum(map(_received_bytes, together))))
+            gathers.append(Gather(tuple(names[id(one)] for one in together), sum(map(_received_bytes, together))))
             return gather(together, *args, **options)
 
         return run
@@ -43,7 +43,7 @@ def logged_gathers(backbone: nn.Module) -> Iterator[list[Gather]]:
     for parameter in parameters:
         parameter.all_gather_coalesced = logged(parameter.all_gather_coalesced)
     try:
-        yield found
+        yield gathers
     finally:
         for parameter, gather in zip(parameters, before, strict=True):
             parameter.all_gather_coalesced = gather

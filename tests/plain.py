@@ -52,8 +52,8 @@ def _flat(
     if kind == "per_layer":
         code = _mlp(parameters, f"{root}project", code)
         head = f"{root}heads.{_key(site, name)}"
-        made = parameters[f"{head}.weight"][_index(adapted, site)] @ code
-        return made + parameters[f"{head}.bias"][_index(adapted, site)] if f"{head}.bias" in parameters else made
+        tensor = parameters[f"{head}.weight"][_index(adapted, site)] @ code
+        return tensor + parameters[f"{head}.bias"][_index(adapted, site)] if f"{head}.bias" in parameters else tensor
     settings: Any = chosen.generator
     generated = [other for other in adapted.site_map.sites if other.kind != "norm_delta"]
     part = [other for other in generated if settings.stacks == "joint" or other.stack == site.stack]
@@ -73,11 +73,11 @@ def _flat(
     specs = group_specs(adapted.site_map, build_kinds(chosen.adapters), chosen.init)[site.group]
     words = [site.kind, *([site.position] if settings.heads == "position" else []), name]
     head = f"{root}.heads.heads.{'_'.join(words)}_{'x'.join(map(str, specs[name].shape))}.linear"
-    made = parameters[f"{head}.weight"] @ code
+    tensor = parameters[f"{head}.weight"] @ code
     if settings.biases == "site":
         biases = parameters[f"{root}.heads.site_biases.{_key(site, name)}"]
-        return made + biases[[other for other in part if other.group == site.group].index(site)].flatten()
-    return made + parameters[f"{head}.bias"] if f"{head}.bias" in parameters else made
+        return tensor + biases[[other for other in part if other.group == site.group].index(site)].flatten()
+    return tensor + parameters[f"{head}.bias"] if f"{head}.bias" in parameters else tensor
 
 
 def _mlp(parameters: Mapping[str, Tensor], name: str, code: Tensor) -> Tensor:
@@ -107,29 +107,29 @@ class PlainLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        for (kind, position), made in self.at.items():
+        for (kind, position), weights in self.at.items():
             if kind == "ia3" and position == "feed_forward":
-                x = x * (1 + made["delta"])
+                x = x * (1 + weights["delta"])
         y = x @ self.base.weight.T
-        for (kind, _), made in self.at.items():
+        for (kind, _), weights in self.at.items():
             if kind == "lora":
-                y = y + x @ (made["b"] @ made["a"]).T
-        for (kind, position), made in self.at.items():
+                y = y + x @ (weights["b"] @ weights["a"]).T
+        for (kind, position), weights in self.at.items():
             if kind == "ia3" and position != "feed_forward":
-                y = y * (1 + made["delta"])
-        for (kind, _), made in self.at.items():
+                y = y * (1 + weights["delta"])
+        for (kind, _), weights in self.at.items():
             if kind == "bottleneck":
-                y = y + self._branch(y, made)
+                y = y + self._branch(y, weights)
         return y
 
-    def _branch(self, y: Tensor, made: Plain) -> Tensor:
-        hidden = y @ made["down"].T + made["down_bias"]
+    def _branch(self, y: Tensor, weights: Plain) -> Tensor:
+        hidden = y @ weights["down"].T + weights["down_bias"]
         hidden = hidden / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        branch = hidden @ made["up"].T + made["up_bias"]
+        branch = hidden @ weights["up"].T + weights["up_bias"]
         if not self.settings["bottleneck"].layer_norm:
             return branch
         centred = branch - branch.mean(-1, keepdim=True)
-        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * made["gamma"] + made["beta"]
+        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weights["gamma"] + weights["beta"]
 
 
 class PlainNorm(nn.Module):
@@ -166,21 +166,21 @@ class PlainAttention(nn.Module):
         values = torch.cat([self.values.unflatten(-1, (-1, width)), values])
         rows = []
         for place, query in zip(positions.tolist(), queries, strict=True):
-            seen = place + 1 if base.is_causal else len(keys)
+            num_visible = place + 1 if base.is_causal else len(keys)
             heads = []
             for head in range(query.shape[0]):
                 shared = head // (query.shape[0] // keys.shape[1])
-                scores = keys[:seen, shared] @ query[head]
-                scores = scores + self._bias(place, seen, head) if is_t5 else scores / math.sqrt(width)
-                heads.append(torch.softmax(scores, 0) @ values[:seen, shared])
+                scores = keys[:num_visible, shared] @ query[head]
+                scores = scores + self._bias(place, num_visible, head) if is_t5 else scores / math.sqrt(width)
+                heads.append(torch.softmax(scores, 0) @ values[:num_visible, shared])
             rows.append(torch.cat(heads))
         attended = o(torch.stack(rows).unsqueeze(0))
         return (attended, None, None) if is_t5 else (attended, None)
 
-    def _bias(self, place: int, seen: int, head: int) -> Tensor:
+    def _bias(self, place: int, num_visible: int, head: int) -> Tensor:
         first = self.first[0]
         buckets = first._relative_position_bucket(
-            torch.arange(seen) - place, not first.is_decoder, first.relative_attention_num_buckets
+            torch.arange(num_visible) - place, not first.is_decoder, first.relative_attention_num_buckets
         )
         return first.relative_attention_bias.weight[buckets, head]
 
@@ -214,9 +214,9 @@ def _exact_rotation(rotary: Any, _x: Tensor, position_ids: Tensor) -> tuple[Tens
     return angles.cos(), angles.sin()
 
 
-def put_in(backbone: nn.Module, made: Mapping[Site, Plain], chosen: AdaptationSettings) -> None:
+def put_in(backbone: nn.Module, weights: Mapping[Site, Plain], chosen: AdaptationSettings) -> None:
     """Put plain modules with one task's weights in the places of a backbone's layers."""
-    for site, weights_here in made.items():
+    for site, weights_here in weights.items():
         layer: Any = backbone.get_submodule(site.name)
         if site.kind in ("lora", "ia3", "bottleneck"):
             if isinstance(layer, nn.Linear):
@@ -225,7 +225,7 @@ def put_in(backbone: nn.Module, made: Mapping[Site, Plain], chosen: AdaptationSe
             layer.at[site.kind, site.position] = weights_here
         elif site.kind == "norm_delta":
             replace(backbone, site.name, PlainNorm(layer, weights_here["delta"]))
-    prefixes = {site: rows for site, rows in made.items() if site.kind == "prefix"}
+    prefixes = {site: rows for site, rows in weights.items() if site.kind == "prefix"}
     firsts: dict[str, Any] = {}
     for site, keys in prefixes.items():
         if site.position == "keys":

@@ -115,8 +115,8 @@ def test_the_whole_generator_trains_on_with_a_share_of_the_known_tasks(
     recipe = yaml.safe_load((place / "base-style/recipe.yaml").read_text())
     assert recipe["data"]["mixture"]["weights"] == [0.25, 0.25, 0.5]
     steps = [json.loads(line) for line in (place / "base-style/metrics.jsonl").read_text().splitlines()]
-    seen = {task for step in steps if step["event"] == "step" for task in step["task_losses"]}
-    assert seen == {"mood", "tone", "style"}
+    trained_tasks = {task for step in steps if step["event"] == "step" for task in step["task_losses"]}
+    assert trained_tasks == {"mood", "tone", "style"}
     assert json.loads((place / "base-style/bundles/mood/hyperscale.json").read_text())["run"] == "base-style"
 
     # It is an ordinary run: it resumes.
@@ -125,7 +125,7 @@ def test_the_whole_generator_trains_on_with_a_share_of_the_known_tasks(
     assert read_result(str(place / "base-style")).steps == 14
 
 
-def test_adapt_refuses_wrong_options(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_of_adapt_are_errors(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def error_of(outcome: Outcome) -> str:
         assert outcome.code != 0
         assert "Traceback" not in outcome.err

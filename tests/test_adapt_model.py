@@ -47,9 +47,9 @@ def batch() -> dict[str, Tensor]:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    gradients_by_name = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
-    return found
+    return gradients_by_name
 
 
 @torch.no_grad()
@@ -88,9 +88,9 @@ def test_checkpointed_blocks_run_again_with_the_same_adapters(model: Any):
     torch.manual_seed(0)
     loss = model(**batch(), task_ids=MIXED).loss
     loss.backward()  # outside of any `with`, as Trainer does it
-    found = gradients(model)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    actual = gradients(model)
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
 
 

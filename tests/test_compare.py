@@ -182,9 +182,9 @@ def test_a_single_task_run_has_its_share_of_the_steps(compared: Compared) -> Non
 
 
 def test_a_score_of_the_table_is_that_of_the_rows_on_disk(compared: Compared) -> None:
-    found = read_predictions(str(compared.example), "test")["mood"]
-    assert len(found.references) == 8
-    hits = sum(a.strip() == b.strip() for a, b in zip(found.references, found.predictions, strict=True))
+    answers = read_predictions(str(compared.example), "test")["mood"]
+    assert len(answers.references) == 8
+    hits = sum(a.strip() == b.strip() for a, b in zip(answers.references, answers.predictions, strict=True))
     assert compared.rows["hypernetwork"]["task_scores"]["mood"][1] == pytest.approx(100 * hits / 8)
 
 
@@ -227,33 +227,33 @@ def test_a_run_without_a_record_is_trained_again(compared: Compared, capsys: pyt
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_a_record_of_other_settings_is_refused(
+def test_a_record_of_different_settings_is_an_error(
     options: list[str], compared: Compared, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = compared.continued(f"other{len(options)}", settings={"training.steps": 6})
-    refused = run(capsys, "compare", file, "--launcher", "local", *options)
-    assert refused.code == 1
+    outcome = run(capsys, "compare", file, "--launcher", "local", *options)
+    assert outcome.code == 1
     of_other_settings = "a record of hypernetwork_lr0.001_seed0 with different settings (training.steps was 4, is 6)"
-    assert f"contains {of_other_settings}" in refused.err
+    assert f"contains {of_other_settings}" in outcome.err
 
 
-def test_a_run_of_other_settings_is_refused(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_different_settings_is_an_error(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
     file = compared.continued("run", settings={"training.steps": 6}, records="none")
     folder = compared.place / "run_results/runs/hypernetwork_lr0.001_seed0"
     folder.mkdir(parents=True)
     shutil.copy(compared.example / "recipe.yaml", folder)
-    refused = run(capsys, "compare", file, "--launcher", "local", "--only", "hypernetwork")
-    assert refused.code == 1
-    assert "hypernetwork_lr0.001_seed0 contains a run with different settings (" in refused.err
+    outcome = run(capsys, "compare", file, "--launcher", "local", "--only", "hypernetwork")
+    assert outcome.code == 1
+    assert "hypernetwork_lr0.001_seed0 contains a run with different settings (" in outcome.err
 
 
 def test_a_damaged_record_is_named(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
     file = compared.continued("damaged")
     record = compared.place / "damaged_records" / f"{compared.example.name}.json.gz"
     record.write_bytes(record.read_bytes()[:100])
-    refused = run(capsys, "compare", file, "--launcher", "local")
-    assert refused.code == 1
-    assert f"{record} is damaged or of another version; restore it, or delete it" in refused.err
+    outcome = run(capsys, "compare", file, "--launcher", "local")
+    assert outcome.code == 1
+    assert f"{record} is damaged or of another version; restore it, or delete it" in outcome.err
 
 
 def test_runs_at_one_time_make_the_same_records(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,12 +269,12 @@ def test_runs_at_one_time_make_the_same_records(place: Path, capsys: pytest.Capt
     assert together.code == 0, together.err
     assert "finished shared_lr0.001_seed1 in" in together.err
     assert "finished at step 2" in (place / "results/logs/alone_lr0.001_seed1_mood.log").read_text()
-    found, expected = (
+    actual, expected = (
         {record.name: without_times(record) for record in sorted((place / folder / "records").iterdir())}
         for folder in ("results", "one")
     )
-    assert len(found) == 3
-    assert found == expected
+    assert len(actual) == 3
+    assert actual == expected
 
 
 def test_seeds_of_a_method_begin_when_its_own_search_is_done(place: Path) -> None:
@@ -304,9 +304,9 @@ def test_a_killed_run_reports_what_to_do(place: Path) -> None:
     child.write_text(render_recipe(dump_recipe(recipe)))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(train_in_child, recipe, child, log)
-        while not (found := [one for one in psutil.Process().children() if str(child) in one.cmdline()]):
+        while not (processes := [one for one in psutil.Process().children() if str(child) in one.cmdline()]):
             assert not running.done(), running.exception()
-        found[0].kill()
+        processes[0].kill()
         with pytest.raises(ResourceError, match=r"was killed, .* with fewer --jobs each run has more of it") as killed:
             running.result()
     assert f"(exit code -9; its whole output is in {log})" in str(killed.value)
@@ -340,12 +340,12 @@ def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[st
         (("--jobs", 2), "--jobs 2 starts one process with one worker a run; add --launcher local"),
     ],
 )
-def test_impossible_numbers_of_jobs_are_refused(
+def test_an_impossible_number_of_jobs_is_an_error(
     options: tuple[object, ...], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = run(capsys, "compare", place / "comparison.yaml", *options)
-    assert refused.code == 2
-    assert refused.errors == [message]
+    outcome = run(capsys, "compare", place / "comparison.yaml", *options)
+    assert outcome.code == 2
+    assert outcome.errors == [message]
 
 
 def rate_of(row: dict[str, float]) -> str:
@@ -380,16 +380,16 @@ def test_a_wrong_comparison(
     changes: dict[str, object], fragment: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "comparison.yaml").write_text(yaml.safe_dump(COMPARISON | changes, sort_keys=False))
-    refused = run(capsys, "compare", place / "comparison.yaml", "--launcher", "local")
-    assert refused.code == 2
-    assert any(fragment in line for line in refused.errors), refused.err
+    outcome = run(capsys, "compare", place / "comparison.yaml", "--launcher", "local")
+    assert outcome.code == 2
+    assert any(fragment in line for line in outcome.errors), outcome.err
     assert not (place / "results").exists()
 
 
-def test_only_refuses_an_unknown_method(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused = run(capsys, "compare", place / "comparison.yaml", "--only", "shard")
-    assert refused.code == 2
-    assert "--only shard is not one of the methods hypernetwork, shared, alone. Did you mean 'shared'?" in refused.err
+def test_an_unknown_method_for_only_is_an_error(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = run(capsys, "compare", place / "comparison.yaml", "--only", "shard")
+    assert outcome.code == 2
+    assert "--only shard is not one of the methods hypernetwork, shared, alone. Did you mean 'shared'?" in outcome.err
 
 
 def test_rates_and_seeds_are_all_that_differs(place: Path) -> None:
@@ -416,7 +416,7 @@ def test_resampling_against_scoring_row_by_row(metric: MetricName) -> None:
     assert rows.shape == (20, 50)
     assert rows.min() >= 0
     assert rows.max() == 49
-    found = resampled_scores(metric, references, runs, rows, "yes")
+    scores = resampled_scores(metric, references, runs, rows, "yes")
     plain = [
         [
             compute([metric], [run[row] for row in drawn], [references[row] for row in drawn], "yes")[metric]
@@ -424,9 +424,9 @@ def test_resampling_against_scoring_row_by_row(metric: MetricName) -> None:
         ]
         for run in runs
     ]
-    assert found == pytest.approx(np.array(plain), abs=1e-9)
-    assert found[2] == pytest.approx(100)
-    assert np.ptp(found[:2]) > 0
+    assert scores == pytest.approx(np.array(plain), abs=1e-9)
+    assert scores[2] == pytest.approx(100)
+    assert np.ptp(scores[:2]) > 0
 
 
 def test_the_f1_of_nothing_is_0() -> None:
@@ -496,7 +496,7 @@ def test_paths_in_settings_begin_at_the_comparison_however_deep_its_output(place
         assert trial.recipes[0].output.startswith(f"{place}/{output}/runs/")
 
 
-def test_a_comparison_on_an_object_store_is_refused(tmp_path: Path):
+def test_a_comparison_on_an_object_store_is_an_error(tmp_path: Path):
     file = tmp_path / "comparison.yaml"
     content = {
         "name": "remote",

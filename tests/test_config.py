@@ -237,7 +237,7 @@ def test_methods_are_compared_by_one_word(tmp_path: Path):
     assert load_recipe(path, ["engine.kind=local"]).engine.activation_checkpointing
 
 
-def test_invalid_overrides_are_refused(tmp_path: Path):
+def test_an_invalid_override_is_an_error(tmp_path: Path):
     path = write(tmp_path, adaptation=HYPERNETWORK)
     for override, message in {
         "training.steps": "override 'training.steps' is not of the form dotted.key=value",
@@ -300,7 +300,7 @@ def test_paths_are_relative_to_the_recipe_and_overrides_to_the_working_folder(
     assert load_recipe(str(again)) == recipe
 
 
-def test_files_that_hold_no_recipe_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_without_a_recipe_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"^recipe file 'gone.yaml' does not exist \(looked in .*\)$"):
         find_recipe("gone.yaml")

@@ -133,13 +133,13 @@ def test_greedy_decoding_is_transformers_own(model: AdaptedModel, prompts: Promp
 
 
 def reference_padded(model: AdaptedModel, batch: PromptBatch, stop_ids: Tensor, width: int) -> Tensor:
-    found = reference(model, batch, stop_ids, width)
-    return torch.nn.functional.pad(found, (0, width - found.shape[1]), value=int(stop_ids[0]))
+    answers = reference(model, batch, stop_ids, width)
+    return torch.nn.functional.pad(answers, (0, width - answers.shape[1]), value=int(stop_ids[0]))
 
 
 def first_stop(row: Tensor, stop_ids: Tensor) -> int:
-    found = torch.isin(row, stop_ids).nonzero()
-    return int(found[0]) if len(found) else len(row)
+    places = torch.isin(row, stop_ids).nonzero()
+    return int(places[0]) if len(places) else len(row)
 
 
 def test_a_batch_decodes_as_its_rows_do_alone(model: AdaptedModel, prompts: PromptBatch):
@@ -158,11 +158,11 @@ def test_ranks_decode_equally_often(model: AdaptedModel, prompts: PromptBatch):
     stop_ids = free[:, 1].unique()
     ours = decode(model, prompts, stop_ids)
     assert ours.shape[1] == 2
-    asked: list[bool] = []
+    flags: list[bool] = []
 
     def another_rank_needs_five(flag: bool) -> bool:
-        asked.append(flag)
-        return flag or len(asked) < 5
+        flags.append(flag)
+        return flag or len(flags) < 5
 
     forwards: list[int] = []
     counting = model.backbone.register_forward_hook(lambda *_: forwards.append(1))
@@ -176,7 +176,7 @@ def test_ranks_decode_equally_often(model: AdaptedModel, prompts: PromptBatch):
             another_rank_needs_five,
         )
     counting.remove()
-    assert asked == [True, False, False, False, False]
+    assert flags == [True, False, False, False, False]
     assert len(forwards) == tokens.shape[1] == 5
     assert torch.equal(tokens[:, :2], ours)
     assert (tokens[:, 2:] == stop_ids[0]).all()
@@ -290,10 +290,10 @@ class Largest(TorchDispatchMode):
 
 def test_decoding_copies_no_weights_for_every_row(model: AdaptedModel, prompts: PromptBatch):
     """The head, above all: PyTorch multiplies it row by row with a slice of the prompt's hidden states."""
-    with Largest() as seen:
+    with Largest() as largest:
         decode(model, prompts, UNREACHED)
     vocabulary, width = model.backbone.get_output_embeddings().weight.shape
-    assert len(SLOTS) * vocabulary <= seen.numel < len(SLOTS) * vocabulary * width
+    assert len(SLOTS) * vocabulary <= largest.numel < len(SLOTS) * vocabulary * width
 
 
 def test_positions_of_labels():

@@ -66,13 +66,13 @@ def test_a_task_that_was_never_trained(
     # What the sharded ranks made of the descriptions is what the whole backbone makes of them.
     stored = load_file(Path(read_result(str(folder / "run")).checkpoint) / "generator.safetensors")
     settings = BackboneSettings(name=str(backbone), dtype="float32")
-    found = open_backbone(settings)
+    base = open_backbone(settings)
     tasks = [load_task(str(folder / f"{name}.yaml")) for name in ("mood", "tone", "style")]
     batch = encode_descriptions(tasks, AutoTokenizer.from_pretrained(backbone), 0)
-    dense = text_features(load_dense(found, settings), found.architecture, batch.input_ids, batch.attention_mask)
+    dense = text_features(load_dense(base, settings), base.architecture, batch.input_ids, batch.attention_mask)
     torch.testing.assert_close(stored["task_encoder.features"], dense[:2], rtol=1e-4, atol=1e-5)
     alone = encode_descriptions(tasks[:1], AutoTokenizer.from_pretrained(backbone), 0)
-    one = text_features(load_dense(found, settings), found.architecture, alone.input_ids, alone.attention_mask)
+    one = text_features(load_dense(base, settings), base.architecture, alone.input_ids, alone.attention_mask)
     torch.testing.assert_close(one[0], dense[0], rtol=1e-4, atol=1e-5)  # padding says nothing
 
     words = ("--describe", folder / "style.yaml", "--output", folder / "bundles")
@@ -95,7 +95,7 @@ def test_a_task_that_was_never_trained(
     assert set(answers) <= set(LABELS.values())
 
 
-def test_descriptions_that_cannot_be_read_are_refused(
+def test_a_description_that_cannot_be_read_is_an_error(
     tmp_path: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = place(tmp_path, tiny_llama_folder)
@@ -114,10 +114,10 @@ def test_descriptions_that_cannot_be_read_are_refused(
         ("silent", "task 'silent' has no description"),
         ("style", "task 'style' takes its labels from its rows, which are not read here; list labels"),
     ):
-        refused = run(capsys, "export", folder / "run", "--describe", folder / f"{task}.yaml")
-        assert refused.code != 0
-        assert refused.errors[0].startswith(reason)
+        outcome = run(capsys, "export", folder / "run", "--describe", folder / f"{task}.yaml")
+        assert outcome.code != 0
+        assert outcome.errors[0].startswith(reason)
     table = ("output=" + str(folder / "table"), "adaptation.task_encoder.kind=table")
     assert run(capsys, "train", folder / "recipe.yaml", *local, *table).code == 0
-    refused = run(capsys, "export", folder / "table", "--describe", folder / "style.yaml")
-    assert "descriptions need a generator trained with adaptation.task_encoder.kind=text" in refused.errors[0]
+    outcome = run(capsys, "export", folder / "table", "--describe", folder / "style.yaml")
+    assert "descriptions need a generator trained with adaptation.task_encoder.kind=text" in outcome.errors[0]

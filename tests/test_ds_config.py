@@ -132,18 +132,19 @@ def test_all_contradictions_are_named_at_once_with_both_values():
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_deepspeeds_own_quantization_is_refused(key: str, quantization: str):
+def test_deepspeeds_own_quantization_is_an_error(key: str, quantization: str):
     """Every weight of the backbone would be zero."""
-    asked = recipe()
-    asked = asked.model_copy(update={"backbone": asked.backbone.model_copy(update={"quantization": quantization})})
+
+    backbone = recipe().backbone.model_copy(update={"quantization": quantization})
+    quantized = recipe().model_copy(update={"backbone": backbone})
     for value in (True, False, "auto"):
         message = f"'zero_optimization.{key}' cannot be used .*: remove it and use backbone.quantization=int8"
         with pytest.raises(EngineError, match=message) if value is True else nullcontext():
             raw = {"zero_optimization": {key: value}}
-            complete_ds_config(raw, asked, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
+            complete_ds_config(raw, quantized, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
 
 
-def test_a_disk_for_shards_is_refused():
+def test_offloading_shards_to_disk_is_an_error():
     with pytest.raises(EngineError, match="is 'nvme', but a frozen backbone cannot be loaded onto a disk: use 'cpu'"):
         complete({"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}})
     complete({"zero_optimization": {"offload_param": {"device": "cpu"}}})

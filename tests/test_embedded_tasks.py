@@ -91,7 +91,7 @@ def test_word_rows() -> None:
             for row in rows:
                 places.setdefault(row["word"], set()).add(split)
     # A verb and a noun with the same spelling are in the same split, in all three tasks.
-    assert {len(found) for found in places.values()} == {1}
+    assert {len(words_of_task) for words_of_task in places.values()} == {1}
 
     past, ing, plural = (forms[subset] for subset in ("past_tense", "ing_form", "plural"))
     assert (past["go"], past["put"], past["carry"], past["think"]) == ("went", "put", "carried", "thought")

@@ -83,7 +83,7 @@ def test_the_command_line_exports(run: Recipe, capsys: pytest.CaptureFixture[str
         (["--output", "{file}/bundles"], "cannot be written to {file}/bundles: Not a directory; choose another"),
     ],
 )
-def test_export_refuses_wrong_options(
+def test_wrong_options_of_export_are_errors(
     run: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ):
     file = tmp_path / "file"
@@ -204,18 +204,18 @@ def test_adapters_that_peft_can_express(
     family: str, adapters: list[dict[str, Any]], reason: str | None, request: pytest.FixtureRequest
 ):
     adapted = tiny.adapted_model(request.getfixturevalue(f"tiny_{family}_folder"), {"adapters": adapters})
-    found = peft_limitation(adapted.site_map, adapted.architecture)
+    limitation = peft_limitation(adapted.site_map, adapted.architecture)
     if reason is None:
         require_peft_support(adapted.site_map, adapted.architecture)
-        assert found is None
+        assert limitation is None
     else:
-        assert found is not None
-        assert found.startswith(reason)
+        assert limitation is not None
+        assert limitation.startswith(reason)
         with pytest.raises(BundleError, match=rf"^export.format 'peft' cannot express {reason}"):
             require_peft_support(adapted.site_map, adapted.architecture)
 
 
-def test_damaged_bundles_are_refused(trained: TrainedGenerator, tmp_path: Path):
+def test_a_damaged_bundle_is_an_error(trained: TrainedGenerator, tmp_path: Path):
     (whole,) = export_bundles(trained, tmp_path, ["past"]).values()
     for number, (name, content, reason) in enumerate(
         [

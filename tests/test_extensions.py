@@ -75,7 +75,7 @@ def test_a_registered_generator(tiny_llama_folder):
     assert {len(tensor) for named in adapted.generator(torch.arange(3)).values() for tensor in named.values()} == {1}
 
 
-def test_invalid_registrations_are_refused(tiny_llama_folder):
+def test_an_invalid_registration_is_an_error(tiny_llama_folder):
     with pytest.raises(PluginError, match="adapter kind 'a_scale': has_peft_form must be true exactly where peft is"):
         register_adapter_kind(ScaleSettings, Scale)
     with pytest.raises(PluginError, match=r"is no settings class: derive it from AdapterSection"):
@@ -83,11 +83,11 @@ def test_invalid_registrations_are_refused(tiny_llama_folder):
     with pytest.raises(PluginError, match=r'AdapterSection has no kind: declare `kind: Literal\["name"\] = "name"`'):
         register_adapter_kind(AdapterSection, Scale)
 
-    class Taken(AdapterSection):
+    class Duplicate(AdapterSection):
         kind: Literal["bottleneck"] = "bottleneck"
 
     with pytest.raises(PluginError, match="adapter kind 'bottleneck' is registered already; choose another name"):
-        register_adapter_kind(Taken, Scale)
+        register_adapter_kind(Duplicate, Scale)
 
     class Inside(AdapterSection):
         kind: Literal["inside"] = "inside"

@@ -93,13 +93,13 @@ def rows_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_task_of_the_field_is_tested_here():
-    found = {task.name: task for task in list_tasks() if task.source.kind != "asset"}
-    assert found.keys() == ROWS.keys()
-    for name, task in found.items():
+    tasks = {task.name: task for task in list_tasks() if task.source.kind != "asset"}
+    assert tasks.keys() == ROWS.keys()
+    for name, task in tasks.items():
         assert list(task.metrics) == METRICS.get(name, ["accuracy"])
     folder = Path(str(load_task.__code__.co_filename)).parent / "tasks"
-    untried = [name for name in found if "NOT TRIED" in (folder / f"{name}.yaml").read_text()]
-    assert set(untried) == {name for name, task in found.items() if isinstance(task.source, HubSource)}
+    untried = [name for name in tasks if "NOT TRIED" in (folder / f"{name}.yaml").read_text()]
+    assert set(untried) == {name for name, task in tasks.items() if isinstance(task.source, HubSource)}
 
 
 def test_every_task_runs_on_both_families(
@@ -131,21 +131,21 @@ def test_a_mixed_run_is_trained_scored_exported_and_predicts(
         trained = run(capsys, "train", tmp_path / f"{family}.yaml", "--launcher", "local")
         assert trained.code == 0, trained.err
         result = json.loads((tmp_path / family / "result.json").read_text())
-        assert {task: list(found) for task, found in result["evaluations"][-1]["scores"].items()} == {
+        assert {task: list(scores) for task, scores in result["evaluations"][-1]["scores"].items()} == {
             "glue_mrpc": ["f1", "accuracy"],
             "glue_stsb": ["pearson", "spearman"],
             "atis": ["span_f1"],
         }
         bundles, answers = [result["bundles"][name] for name in names], tmp_path / f"{family}.jsonl"
-        asked = run(capsys, "predict", *bundles, "--input", tmp_path / "questions.jsonl", "--output", answers)
-        assert asked.code == 0, asked.err
-        said = [json.loads(line)["prediction"] for line in answers.read_text().splitlines()]
-        assert said[0] in ("yes", "no")
-        assert len(said[2].split()) == 4  # a BIO tag for each word, whatever a model with random weights says
+        outcome = run(capsys, "predict", *bundles, "--input", tmp_path / "questions.jsonl", "--output", answers)
+        assert outcome.code == 0, outcome.err
+        predictions = [json.loads(line)["prediction"] for line in answers.read_text().splitlines()]
+        assert predictions[0] in ("yes", "no")
+        assert len(predictions[2].split()) == 4  # a BIO tag for each word, whatever a model with random weights says
 
     # The test split is scored when it is asked for, where there is one.
-    refused = run(capsys, "evaluate", tmp_path / "llama", "--split", "test")
-    assert [line.partition(" (")[0] for line in refused.errors] == [f"task '{name}' has no test rows" for name in names]
+    failure = run(capsys, "evaluate", tmp_path / "llama", "--split", "test")
+    assert [line.partition(" (")[0] for line in failure.errors] == [f"task '{name}' has no test rows" for name in names]
     write(rows_folder / "mrpc" / "test.jsonl", [ROWS["glue_mrpc"](number) | {"label": 1} for number in range(200, 207)])
     write(rows_folder / "atis" / "test.jsonl", [tagged(number) for number in range(200, 205)])
     majority, scored = evaluate_checkpoint(str(tmp_path / "llama"), "test")
@@ -160,12 +160,12 @@ def test_a_mixed_run_is_trained_scored_exported_and_predicts(
 
     write(tmp_path / "long.jsonl", [{"tokens": ["a"] * 100}])
     t5, llama = (tmp_path / family / "bundles" / "atis" for family in ("t5", "llama"))
-    refused = run(capsys, "predict", t5, "--input", tmp_path / "long.jsonl", "--output", answers)
-    assert refused.errors == [
+    failure = run(capsys, "predict", t5, "--input", tmp_path / "long.jsonl", "--output", answers)
+    assert failure.errors == [
         f"{tmp_path}/long.jsonl:1: more words than the backbone has sentinels for (T5: 99); divide the sentence"
     ]
-    asked = run(capsys, "predict", llama, "--input", tmp_path / "long.jsonl", "--output", answers)
-    assert asked.code == 0, asked.err
+    outcome = run(capsys, "predict", llama, "--input", tmp_path / "long.jsonl", "--output", answers)
+    assert outcome.code == 0, outcome.err
     assert len(json.loads(answers.read_text())["prediction"].split()) == 100  # lines need no sentinels
 
 
@@ -241,8 +241,8 @@ def corpus(names: list[str], tokenizer_folder: Path, **data: object) -> Corpus:
     return load_corpus(settings, AutoTokenizer.from_pretrained(tokenizer_folder), is_encoder_decoder=False)
 
 
-def contents(found: Corpus, name: str, split: str) -> set[bytes]:
-    (loaded,) = (loaded for loaded in found.tasks if loaded.task.name == name)
+def contents(loaded_corpus: Corpus, name: str, split: str) -> set[bytes]:
+    (loaded,) = (loaded for loaded in loaded_corpus.tasks if loaded.task.name == name)
     return {example.content for example in loaded.data.splits.get(split, ())}
 
 
@@ -269,7 +269,7 @@ def test_tasks_of_the_same_texts_share_a_run_without_a_leak(rows_folder: Path, t
     assert stsb.shares_texts_with == ("glue_mrpc",)
 
 
-def test_workers_that_read_other_rows_are_refused(
+def test_workers_that_read_different_rows_are_an_error(
     rows_folder: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     here = corpus(["snips", "trec"], tiny_llama_folder).describe()
@@ -335,14 +335,14 @@ def test_real_glue_has_no_text_that_one_task_trains_on_and_another_scores(
     task_data: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HYPERSCALE_TASK_DATA", str(task_data))
-    found = corpus(GLUE, tiny_llama_folder, max_source_tokens=2000)
-    assert sum(len(loaded.task.metrics) for loaded in found.tasks) == 11
+    together = corpus(GLUE, tiny_llama_folder, max_source_tokens=2000)
+    assert sum(len(loaded.task.metrics) for loaded in together.tasks) == 11
     for name in GLUE:
-        scored = contents(found, name, "validation") | contents(found, name, "test")
+        scored = contents(together, name, "validation") | contents(together, name, "test")
         for other in GLUE:
             if other != name:
-                assert not scored & contents(found, other, "train"), (name, other)
+                assert not scored & contents(together, other, "train"), (name, other)
     alone = corpus(["glue_stsb"], tiny_llama_folder, max_source_tokens=2000)
-    left_out = contents(alone, "glue_stsb", "train") - contents(found, "glue_stsb", "train")
-    in_test = left_out & contents(found, "glue_mrpc", "test")
+    left_out = contents(alone, "glue_stsb", "train") - contents(together, "glue_stsb", "train")
+    in_test = left_out & contents(together, "glue_mrpc", "test")
     assert (len(left_out), len(in_test)) == (546, 498)

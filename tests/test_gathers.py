@@ -56,9 +56,9 @@ def steps_of(recipe: Recipe, shared: bool) -> Gathered:
     steps = [engine.train_step(loader.next_step(), step) for step in range(3)]
     with logged_gathers(engine.model.backbone) as gathers:
         steps.append(engine.train_step(loader.next_step(), 3))
-    seen = len(gathers)
+    num_gathers = len(gathers)
     steps.append(engine.train_step(loader.next_step(), 4))
-    assert len(gathers) == seen  # nothing is listed outside the `with`
+    assert len(gathers) == num_gathers  # nothing is listed outside the `with`
     one = next(iter(parameters.values()))
     return Gathered(
         steps,
@@ -150,14 +150,14 @@ def share(folder: Path, reachable: bool) -> tuple[bool, bool, int]:
     finally:
         shared_shards._machine = machine
     parameters: list[Any] = list(backbone.parameters())
-    wanted = []
+    expected = []
     for parameter in parameters:
         parameter.all_gather([parameter])  # DeepSpeed's other way, from the same shards
-        wanted.append(parameter.detach().clone())
+        expected.append(parameter.detach().clone())
         parameter.partition([parameter])
     handle = parameters[0].all_gather_coalesced(parameters)
     handle.wait()
-    right = all(torch.equal(parameter, whole) for parameter, whole in zip(parameters, wanted, strict=True))
+    right = all(torch.equal(parameter, whole) for parameter, whole in zip(parameters, expected, strict=True))
     for parameter in parameters:
         parameter.partition([parameter])
     handle.wait()  # the coordinator asks once for each parameter: what has been let go stays so

@@ -70,17 +70,17 @@ def test_one_batched_call_makes_what_each_site_makes_alone(kind: str, family: st
     adapted.generator.double()
     tiny.disturb(adapted.generator, std=0.3)
     tasks = torch.tensor([2, 0, 3])
-    made = adapted.generator(tasks)
-    assert made.keys() == adapted.site_map.groups.keys()
+    weights = adapted.generator(tasks)
+    assert weights.keys() == adapted.site_map.groups.keys()
     for group, sites in adapted.site_map.groups.items():
         for row, task in enumerate(tasks.tolist()):
             for index, site in enumerate(sites):
                 expected = plain.weights(adapted, chosen, task, site)
-                assert made[group].keys() == expected.keys()
+                assert weights[group].keys() == expected.keys()
                 for name, tensor in expected.items():
-                    own = made[group][name]
+                    own = weights[group][name]
                     torch.testing.assert_close(own[row % len(own), index], tensor, rtol=1e-12, atol=1e-12)
-    for tensor in tensors_of(made):
+    for tensor in tensors_of(weights):
         assert len(tensor) == (1 if kind == "shared" else len(tasks))
         assert kind == "shared" or not torch.equal(tensor[0], tensor[1])
 
@@ -109,10 +109,10 @@ def test_the_same_seed_gives_the_same_generator(kind: str, family: str, folders:
 def test_start(kind: str, family: str, folders: dict[str, Path]):
     """What must be zero is exactly zero for every task; the rest has the scale of its fan-in."""
     adapted, chosen = model(kind, family, folders), settings(kind, family)
-    made = adapted.generator(torch.arange(NUM_TASKS))
+    weights = adapted.generator(torch.arange(NUM_TASKS))
     for group, specs in specs_of(adapted, chosen).items():
         for name, spec in specs.items():
-            tensor = made[group][name]
+            tensor = weights[group][name]
             num_sets = 1 if kind == "shared" else NUM_TASKS
             assert tensor.shape == (num_sets, len(adapted.site_map.groups[group]), *spec.shape)
             if spec.start == "zero":
@@ -131,20 +131,20 @@ def test_published_start(kind: str, folders: dict[str, Path]):
     ]
     chosen = AdaptationSettings.model_validate({"generator": {"kind": kind}, "adapters": adapters, "init": "paper"})
     adapted = tiny.adapted_model(folders["llama"], chosen.model_dump(), NUM_TASKS)
-    made = {
+    tensors = {
         f"{group.split('/')[1]} {name}": tensor
         for group, named in adapted.generator(torch.arange(NUM_TASKS)).items()
         for name, tensor in named.items()
     }
-    assert not made["lora b"].any()
+    assert not tensors["lora b"].any()
     if kind == "independent":
         for name in ("down", "up"):
-            weights = made[f"bottleneck {name}"]
+            weights = tensors[f"bottleneck {name}"]
             assert 0.8e-3 < weights.std() < 0.95e-3  # a normal cut at two deviations has 0.88 of its deviation
             assert weights.abs().max() <= 2e-3
-            assert not made[f"bottleneck {name}_bias"].any()
-        assert made["lora a"].abs().max() <= 32**-0.5
-        assert made["lora a"].std() == pytest.approx((32 * 3) ** -0.5, rel=0.1)
+            assert not tensors[f"bottleneck {name}_bias"].any()
+        assert tensors["lora a"].abs().max() <= 32**-0.5
+        assert tensors["lora a"].std() == pytest.approx((32 * 3) ** -0.5, rel=0.1)
         return
     heads = {name: parameter for name, parameter in adapted.generator.named_parameters() if "heads." in name}
     assert not any(name.endswith("bias") and parameter.any() for name, parameter in heads.items())
@@ -157,7 +157,7 @@ def test_published_start(kind: str, folders: dict[str, Path]):
             assert parameter.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
     if kind == "hypernetwork":  # codes of 64 have rms 1: 0.01 · 8
         for name in ("down", "up", "gamma", "beta"):
-            assert made[f"bottleneck {name}"].pow(2).mean().sqrt() == pytest.approx(0.08, rel=0.3)
+            assert tensors[f"bottleneck {name}"].pow(2).mean().sqrt() == pytest.approx(0.08, rel=0.3)
 
 
 @pytest.mark.parametrize(

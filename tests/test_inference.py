@@ -76,12 +76,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def validation_rows(recipe: Recipe, corpus: Corpus) -> list[dict[str, Any]]:
-    found = []
+    rows_of_tasks = []
     for path, loaded in zip(recipe.data.tasks, corpus.tasks, strict=True):
         render = renderer(loaded.task)
         rows = {render.prompt(row): row.values for row in read_rows(Path(path).with_suffix(".jsonl"))}
-        found += [{"task": loaded.task.name, **rows[one.source]} for one in loaded.validation.examples]
-    return found
+        rows_of_tasks += [{"task": loaded.task.name, **rows[one.source]} for one in loaded.validation.examples]
+    return rows_of_tasks
 
 
 def evaluated(engine: Engine, corpus: Corpus) -> tuple[list[str], list[str]]:
@@ -126,7 +126,9 @@ def test_predictions_are_the_evaluations_answers(run: Finished, tmp_path: Path):
     assert [row["prediction"] for row in read(output)] == [answer for _, answer in alone]
 
 
-def test_predict_refuses_wrong_rows_and_bundles(run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_wrong_rows_and_bundles_of_predict_are_errors(
+    run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     good = {"task": "past", "word": "walk"}
     output = tmp_path / "answers.jsonl"
     output.write_text("the answers of yesterday\n")

@@ -38,10 +38,10 @@ def inputs(adapted: AdaptedModel, rows: int = 5, length: int = 9) -> dict[str, T
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (rows, length), generator=random)
     mask = (torch.arange(length) < torch.arange(length - rows + 1, length + 1).unsqueeze(1)).long()
-    made = {"input_ids": ids, "attention_mask": mask}
+    arguments = {"input_ids": ids, "attention_mask": mask}
     if adapted.architecture.is_encoder_decoder:
-        made["decoder_input_ids"] = torch.randint(3, 300, (rows, 4), generator=random)
-    return made
+        arguments["decoder_input_ids"] = torch.randint(3, 300, (rows, 4), generator=random)
+    return arguments
 
 
 def logits(adapted: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -102,12 +102,12 @@ def test_a_step_holds_the_same_samples_for_any_number_of_ranks(mixed_tasks: bool
 def _all_micro_batches(world_size: int, micro_batch_size: int, turns: int, mixed_tasks: bool) -> list[Batch]:
     """Return the micro-batches of six steps in the order step, turn, rank."""
     loaders = [loader(rank, world_size, micro_batch_size, mixed_tasks=mixed_tasks) for rank in range(world_size)]
-    found = []
+    micro_batches = []
     for _ in range(6):
         by_rank = [of_rank.next_step() for of_rank in loaders]
         assert all(len(batches) == turns for batches in by_rank)
-        found += [batches[turn] for turn in range(turns) for batches in by_rank]
-    return found
+        micro_batches += [batches[turn] for turn in range(turns) for batches in by_rank]
+    return micro_batches
 
 
 def test_a_run_continues_on_another_number_of_ranks():
@@ -125,7 +125,7 @@ def test_a_run_continues_on_another_number_of_ranks():
         assert together == Counter(names(whole.next_step()[0]))
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused_with_the_nearest_that_they_can():
+def test_the_error_for_an_uneven_batch_names_the_nearest_even_one():
     assert accumulation_steps(16, 4, 2) == 2
     with pytest.raises(ConfigError, match=r"batch_size 20 .* 2 × 4; use 16 or 24"):
         accumulation_steps(20, 4, 2)
@@ -146,9 +146,9 @@ def test_evaluation_covers_every_row_once_and_all_ranks_run_equally_often(count:
     for shares, num_rows in ((prompts, count), (scored, 2 * count)):
         assert {len(share) for share in shares} == {-(-num_rows // (4 * world_size))}
         assert all(1 <= len(batch.rows) <= 4 for share in shares for batch in share)
-    seen = Counter(row for share in prompts for batch in share for row in batch.rows)
-    seen.pop(-1, None)
-    assert seen == dict.fromkeys(range(count), 1)
+    counts = Counter(row for share in prompts for batch in share for row in batch.rows)
+    counts.pop(-1, None)
+    assert counts == dict.fromkeys(range(count), 1)
     pairs: Counter[tuple[int, int]] = Counter()
     for share in scored:
         for batch in share:

@@ -24,11 +24,11 @@ def test_it_is_pytorchs(monkeypatch: pytest.MonkeyPatch, smoothing: float, chunk
     for rows in (0, 1, 7):
         logits, targets = example(rows, 33, torch.float64)
         weights = torch.linspace(0.5, 2, rows, dtype=torch.float64)
-        found = CrossEntropy.apply(logits, targets, smoothing)
-        wanted = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-        (gradient,) = torch.autograd.grad((found * weights).sum(), logits)
-        (expected,) = torch.autograd.grad((wanted * weights).sum(), logits)
+        loss = CrossEntropy.apply(logits, targets, smoothing)
+        reference = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+        torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
+        (gradient,) = torch.autograd.grad((loss * weights).sum(), logits)
+        (expected,) = torch.autograd.grad((reference * weights).sum(), logits)
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -41,12 +41,12 @@ def test_bf16_logits_are_computed_in_fp32_and_kept_as_they_are():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = CrossEntropy.apply(logits, targets, 0.0)
-    assert found.dtype == torch.float32
+        loss = CrossEntropy.apply(logits, targets, 0.0)
+    assert loss.dtype == torch.float32
     assert [tensor.dtype for tensor in kept if tensor.dim() == 2] == [torch.bfloat16]
     exact = F.cross_entropy(logits.double(), targets, reduction="none")
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
     (expected,) = torch.autograd.grad(F.cross_entropy(logits.float(), targets, reduction="sum"), logits)
     assert gradient.dtype == torch.bfloat16
     torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-6)

@@ -89,10 +89,10 @@ def questions(adapted: AdaptedModel, rows: int = 4, length: int = 6) -> dict[str
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (rows, length), generator=random)
     mask = (torch.arange(length) < torch.arange(length - rows + 1, length + 1).unsqueeze(1)).long()
-    made = {"input_ids": ids, "attention_mask": mask}
+    arguments = {"input_ids": ids, "attention_mask": mask}
     if adapted.architecture.is_encoder_decoder:
-        made["decoder_input_ids"] = torch.randint(3, 300, (rows, 3), generator=random)
-    return made
+        arguments["decoder_input_ids"] = torch.randint(3, 300, (rows, 3), generator=random)
+    return arguments
 
 
 def logits(adapted: AdaptedModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -128,8 +128,8 @@ def test_batched_generation_and_hooks_are_the_plain_formulas(
     for row, task in enumerate(tasks.tolist()):
         for name, layer in sorted(layers.items()):  # the attention comes before what lies in it
             plain.replace(theirs.backbone, name, layer)
-        made = {site: plain.weights(theirs, chosen, task, site) for site in theirs.site_map.sites}
-        plain.put_in(theirs.backbone, made, chosen)
+        plain_weights = {site: plain.weights(theirs, chosen, task, site) for site in theirs.site_map.sites}
+        plain.put_in(theirs.backbone, plain_weights, chosen)
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
         for name in ("input_ids", "attention_mask"):
             alone[name] = alone[name][:, mask[row]]
@@ -283,7 +283,7 @@ def recomputed(adapted: AdaptedModel, prompt: Tensor, count: int) -> Tensor:
 
 
 def test_a_prefix_under_either_attention(family: str, folder: Path):
-    seen = []
+    outputs = []
     for attention in ("eager", "sdpa"):
         adapted = model(folder, settings("prefix", family, "independent"), attention=attention)
         for mask in (questions(adapted)["attention_mask"], torch.ones(4, 6, dtype=torch.int64)):
@@ -293,9 +293,9 @@ def test_a_prefix_under_either_attention(family: str, folder: Path):
                 adapted.adapting(torch.tensor([2, 0, 1, 0])),
             ):
                 real = logits(adapted, batch)
-            seen.append(real if adapted.architecture.is_encoder_decoder else real[mask.bool()])
-    torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(seen[1], seen[3], rtol=1e-4, atol=1e-5)
+            outputs.append(real if adapted.architecture.is_encoder_decoder else real[mask.bool()])
+    torch.testing.assert_close(outputs[0], outputs[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs[1], outputs[3], rtol=1e-4, atol=1e-5)
 
 
 @every_kind

@@ -60,8 +60,8 @@ def test_span_f1_is_seqevals():
     assert len(cases) == 300
     for predictions, references, expected in cases:
         assert compute(["span_f1"], predictions, references)["span_f1"] == pytest.approx(expected, abs=1e-12)
-        right, given, true = f1_counts("span_f1", predictions, references).sum(0).tolist()
-        assert 100 * 2 * right / max(given + true, 1) == pytest.approx(expected, abs=1e-12)
+        right, predicted, true = f1_counts("span_f1", predictions, references).sum(0).tolist()
+        assert 100 * 2 * right / max(predicted + true, 1) == pytest.approx(expected, abs=1e-12)
     assert len({expected for *_, expected in cases}) > 30
     assert any(not expected for *_, expected in cases)
 

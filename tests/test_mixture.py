@@ -125,7 +125,7 @@ def test_another_numpys_order_is_not_continued(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_task_smaller_than_a_step_is_repeated():
     tiny = Mixture([[4, 5, 6]], DataSettings(tasks=("t",)), batch_size=8, seed=1)
-    counts = [Counter(sample.row for step in taken for sample in step) for taken in (steps(tiny, 1), steps(tiny, 2))]
+    counts = [Counter(sample.row for step in run for sample in step) for run in (steps(tiny, 1), steps(tiny, 2))]
     assert sum(counts, Counter()) == {0: 8, 1: 8, 2: 8}
     assert all(
         earlier <= later for step in steps(tiny, 3) for earlier, later in pairwise(sample.row for sample in step)

@@ -87,11 +87,11 @@ def test_a_generated_weight_moves_as_far_as_a_stored_one(tiny_llama_folder: Path
         optimizer = GeneratorOptimizer(
             generator, OptimizerSettings(learning_rate=RATE, warmup_steps=0, head_learning_rate_ratio=ratio), 10
         )
-        before = torch.cat([made.flatten() for made in tensors_of(generator(torch.tensor([1])))])
+        before = torch.cat([tensor.flatten() for tensor in tensors_of(generator(torch.tensor([1])))])
         before.sum().backward()
         optimizer.clip()
         optimizer.step(0)
-        after = torch.cat([made.flatten() for made in tensors_of(generator(torch.tensor([1])))])
+        after = torch.cat([tensor.flatten() for tensor in tensors_of(generator(torch.tensor([1])))])
         changes[ratio] = float((after - before).detach().abs().mean())
     assert changes[1.0] == pytest.approx(64 * changes[1 / 64], rel=0.01)
     assert 0.5 * RATE < changes[1 / 64] < RATE

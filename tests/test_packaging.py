@@ -59,15 +59,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_carries_everything(wheel: Path) -> None:
     shipped = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.is_file()}
-    wanted = [
+    expected = [
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "hyperscale").rglob("*")
         if path.suffix in (".py", ".yaml")
     ]
-    assert "hyperscale/recipes/demo.yaml" in wanted
+    assert "hyperscale/recipes/demo.yaml" in expected
     assert "hyperscale/py.typed" in shipped
-    assert any(name.startswith("hyperscale/data/tasks/") for name in wanted)
-    assert set(wanted) <= shipped
+    assert any(name.startswith("hyperscale/data/tasks/") for name in expected)
+    assert set(expected) <= shipped
     assert {f"hyperscale/ds_configs/{path.name}" for path in PRESETS} <= shipped
     assert not [name for name in shipped if name.split("/")[0] in ("tests", "benchmarks", "ds_configs")]
 
@@ -184,21 +184,21 @@ def test_every_import_is_a_declared_dependency() -> None:
 def test_the_pins_cover_all_that_is_installed_for_us() -> None:
     pinned = pins()
     waiting = [(requirement, frozenset(requirement.extras)) for requirement in requirements("dev", "peft")]
-    seen = set()
+    visited = set()
     while waiting:
         requirement, extras = waiting.pop()
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} is not pinned in constraints.txt"
         assert requirement.specifier.contains(pinned[name], prereleases=True), f"{requirement} against {pinned[name]}"
-        if (name, extras) in seen:
+        if (name, extras) in visited:
             continue
-        seen.add((name, extras))
+        visited.add((name, extras))
         for text in importlib.metadata.requires(name) or []:
             child = Requirement(text)
-            wanted = any(not child.marker or child.marker.evaluate({"extra": extra}) for extra in ("", *extras))
-            if wanted:
+            is_needed = any(not child.marker or child.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+            if is_needed:
                 waiting.append((child, frozenset(child.extras)))
-    assert len(seen) > 100
+    assert len(visited) > 100
     assert pinned["torch"] == "2.13.0", "no local version: pip takes the CPU or CUDA build that is at hand"
 
 

@@ -123,22 +123,22 @@ def test_same_logits(family: str, adapter: dict[str, Any], request: pytest.Fixtu
     inputs = questions(engine.model)
     untouched = engine.model.backbone(**inputs).logits
     tolerance = 1e-5 if adapter["kind"] == "ia3" else 1e-6  # it rounds 1 + δ, then multiplies
-    seen = []
+    logits = []
     for task, bundle in enumerate(bundles.values()):
-        wanted = ours(engine.model, task, inputs)
+        expected = ours(engine.model, task, inputs)
         with torch.no_grad():
             got = load_peft(recipe, bundle)(**inputs).logits
-        assert (got - wanted).abs().max() <= tolerance
+        assert (got - expected).abs().max() <= tolerance
         if adapter["kind"] != "prefix":  # `all` is recorded as what it stood for
             named = engine.model.site_map.targets_of(adapter["kind"])
             assert set(read_manifest(bundle).adapters[0].targets) == set(named) - {"all"}
-        assert (wanted - untouched).abs().max() > 1e-2
-        seen.append(wanted)
+        assert (expected - untouched).abs().max() > 1e-2
+        logits.append(expected)
         again = read_peft(bundle, engine.model.site_map)
         for group, named in engine.model.generator(torch.tensor([task])).items():
             for name, tensor in named.items():
                 assert (again[group][name] - tensor).abs().max() <= 1e-6
-    assert (seen[0] - seen[1]).abs().max() > 1e-3
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_a_bundle_in_bf16(tiny_llama_folder: Path, tmp_path: Path):
@@ -161,9 +161,9 @@ def test_the_packaged_backbone(tmp_path: Path):
     tiny.disturb(engine.model.generator)
     bundle = exported(recipe, engine.model, corpus, tmp_path / "bundles")["plural"]
     inputs = questions(engine.model)
-    wanted = ours(engine.model, TASKS.index("plural"), inputs)
+    expected = ours(engine.model, TASKS.index("plural"), inputs)
     with torch.no_grad():
         untouched = engine.model.backbone(**inputs).logits
         got = load_peft(recipe, bundle)(**inputs).logits
-    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert (wanted - untouched).abs().max() > 0.1
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (expected - untouched).abs().max() > 0.1

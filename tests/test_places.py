@@ -76,12 +76,12 @@ def test_a_place_is_the_same_for_paths_and_uris(tmp_path: Path, monkeypatch: pyt
         open_place("nosuch://x")
 
 
-@pytest.mark.parametrize("given", ["s3://bucket/run", Path("s3://bucket/run")], ids=["text", "path"])
-def test_what_must_be_local_refuses_a_uri(given: str | Path) -> None:
+@pytest.mark.parametrize("uri", ["s3://bucket/run", Path("s3://bucket/run")], ids=["text", "path"])
+def test_a_uri_for_a_local_path_is_an_error(uri: str | Path) -> None:
     with pytest.raises(RunFolderError, match=r"s3:/.* is a URI.*Give a local path"):
-        local_path(given)
+        local_path(uri)
     with pytest.raises(RunFolderError, match="is a URI"):
-        load_bundles(given)
+        load_bundles(uri)
     assert local_path("runs/a:b") == Path("runs/a:b")
 
 

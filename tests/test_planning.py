@@ -149,19 +149,19 @@ def test_ranks_of_one_machine_need_no_room_for_messages(
 ) -> None:
     recipe = recipe_of(tiny_llama_folder, engine={"kind": "zero"})
 
-    def asked(**zero: object) -> Sharding:
+    def sharding_with(**zero: object) -> Sharding:
         path = tmp_path / "asked.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}), encoding="utf-8")
         return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": "zero", "ds_config": str(path)}), 2, "cpu")
 
     here = read_sharding(recipe, 2, "cpu")
     assert here == Sharding(2, in_place=True)
-    assert asked(offload_param={"device": "cpu"}) == Sharding(2, offload=True, in_place=True)
+    assert sharding_with(offload_param={"device": "cpu"}) == Sharding(2, offload=True, in_place=True)
     elsewhere = [
         read_sharding(recipe, 2, "cpu", nodes=2),
         read_sharding(recipe, 2, "cuda"),
         read_sharding(recipe, 1, "cpu"),
-        asked(zero_hpz_partition_size=2),
+        sharding_with(zero_hpz_partition_size=2),
     ]
     assert not any(one.in_place for one in elsewhere)
     monkeypatch.setenv("HYPERSCALE_SHARED_SHARDS", "0")
@@ -260,7 +260,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["engine.resident=some"], "'some' is not allowed: must be one of auto, none, all, or an amount of memory"),
     ],
 )
-def test_refusals(
+def test_a_plan_that_cannot_be_made_is_an_error(
     tmp_path: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     outcome = run(capsys, "plan", write_recipe(tmp_path, tiny_llama_folder), *words)

@@ -152,9 +152,9 @@ def test_two_sharded_ranks(tmp_path: Path, seed_oss: Path, environment: dict[str
 def test_mistakes_are_reported_as_for_packaged_kinds(
     overrides: list[str], expected: str, tmp_path: Path, seed_oss: Path, environment: dict[str, str]
 ):
-    refused = cluster.run(
+    outcome = cluster.run(
         "validate", write_recipe(tmp_path, seed_oss), *overrides, environment=environment, folder=tmp_path
     )
-    assert refused.returncode == 2
-    assert expected in refused.stderr
-    assert len(cluster.errors(refused.stderr)) == 1
+    assert outcome.returncode == 2
+    assert expected in outcome.stderr
+    assert len(cluster.errors(outcome.stderr)) == 1

@@ -72,11 +72,11 @@ def test_nothing_of_the_weight_waits_for_the_backward_pass():
 
 
 def test_the_blocks_are_stored_so_and_nothing_else(folder: Path):
-    found = open_backbone(settings(folder))
-    plain, stored = load_dense(found, settings(folder, quantization="none")), load_dense(found, settings(folder))
-    empty = build_empty(found, settings(folder))
+    backbone = open_backbone(settings(folder))
+    plain, stored = load_dense(backbone, settings(folder, quantization="none")), load_dense(backbone, settings(folder))
+    empty = build_empty(backbone, settings(folder))
     originals = dict(plain.named_modules())
-    stacks = tuple(f"{stack.blocks}." for stack in found.architecture.stacks)
+    stacks = tuple(f"{stack.blocks}." for stack in backbone.architecture.stacks)
     for name, module in stored.named_modules():
         inside = name.startswith(stacks)
         assert isinstance(module, Int8Linear) == (inside and isinstance(originals[name], nn.Linear)), name
@@ -90,21 +90,21 @@ def test_the_blocks_are_stored_so_and_nothing_else(folder: Path):
 
 
 def test_the_quantized_model_gives_almost_the_same_logits(folder: Path):
-    found = open_backbone(settings(folder))
+    backbone = open_backbone(settings(folder))
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if found.architecture.is_encoder_decoder else {})
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if backbone.architecture.is_encoder_decoder else {})
     with torch.no_grad():
         plain, stored = (
-            load_dense(found, settings(folder, quantization=how))(**inputs).logits for how in ("none", "int8")
+            load_dense(backbone, settings(folder, quantization=how))(**inputs).logits for how in ("none", "int8")
         )
     difference = (plain - stored).abs().max() / plain.abs().max()
     assert 0 < difference < 0.05
 
 
 def test_the_plan_counts_a_byte_for_each_weight(folder: Path):
-    found = open_backbone(settings(folder))
+    backbone = open_backbone(settings(folder))
     plain, stored = (
-        find_parts(build_empty(found, settings(folder, dtype="bfloat16", quantization=how)), found.architecture)
+        find_parts(build_empty(backbone, settings(folder, dtype="bfloat16", quantization=how)), backbone.architecture)
         for how in ("none", "int8")
     )
     for one, other in zip(plain, stored, strict=True):

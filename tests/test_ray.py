@@ -89,9 +89,9 @@ def test_a_submitted_job_trains_and_leaves_everything_in_the_run_folder(cluster:
     assert not (output / "ray").exists()
     assert (output / "run.lock").read_text() == ""
 
-    found = MlflowClient(f"sqlite:///{project}/mlflow.db").get_run(result.trackers["mlflow"]["run_id"])
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["hyperscale.launcher"] == "ray"
+    mlflow_run = MlflowClient(f"sqlite:///{project}/mlflow.db").get_run(result.trackers["mlflow"]["run_id"])
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.tags["hyperscale.launcher"] == "ray"
 
 
 @pytest.mark.long
@@ -112,7 +112,7 @@ def test_a_plain_job_must_not_write_into_its_temporary_folder(cluster: Cluster, 
     assert "which Ray deletes after the job. Give an absolute path" in message
 
 
-def test_submitting_is_refused_before_anything_is_sent(cluster: Cluster, project: Path) -> None:
+def test_submit_reports_errors_before_it_sends_anything(cluster: Cluster, project: Path) -> None:
     environment = cluster.environment
     relative = run("submit", "recipe.yaml", "--address", cluster.dashboard, environment=environment, folder=project)
     assert relative.returncode == 2

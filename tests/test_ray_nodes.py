@@ -21,14 +21,16 @@ def test_a_run_over_two_nodes_needs_a_shared_folder_and_a_tracking_server(
     with started_cluster(num_cpus=1) as cluster, another_node(cluster, 1, hidden):
         environment = {**cluster.environment, "RAY_ADDRESS": cluster.address}
 
-        def refused(output: Path) -> str:
+        def error_of_run(output: Path) -> str:
             ended = run("train", "recipe.yaml", f"output={output}", environment=environment, folder=project)
             assert ended.returncode == 1, ended.stdout + ended.stderr
             (message,) = errors(ended.stderr)
             return message
 
-        assert f"output={hidden}/run is private to this node: " in refused(hidden / "run")
-        assert refused(shared / "run").startswith("tracking.mlflow.uri: an SQLite file cannot be written from several")
+        assert f"output={hidden}/run is private to this node: " in error_of_run(hidden / "run")
+        assert error_of_run(shared / "run").startswith(
+            "tracking.mlflow.uri: an SQLite file cannot be written from several"
+        )
 
         server = "tracking.mlflow.enabled=false"
         ended = run("train", "recipe.yaml", server, f"output={shared}/run", environment=environment, folder=project)

@@ -60,13 +60,13 @@ def started(project: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]
 
 def workers_of(driver: subprocess.Popen[bytes], folder: Path) -> dict[int, int]:
     """Return rank -> process id of a run's two workers; rank 0 is the one that writes `metrics.jsonl`."""
-    found = {}
+    workers = {}
     for process in psutil.Process(driver.pid).children(recursive=True):
         with suppress(psutil.Error):
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 files = {file.path for file in process.open_files()}
-                found[0 if str(folder / METRICS_FILE) in files else 1] = process.pid
-    return found
+                workers[0 if str(folder / METRICS_FILE) in files else 1] = process.pid
+    return workers
 
 
 def kill_in_the_middle(driver: subprocess.Popen[bytes], folder: Path, rank: int) -> float:
@@ -89,11 +89,11 @@ def check_whole(project: Path, folder: Path, undisturbed: Path) -> list[RunFacts
     experiment = client.get_experiment_by_name("hyperscale")
     assert experiment is not None
     runs = [
-        found
-        for found in client.search_runs([experiment.experiment_id])
-        if found.data.tags["hyperscale.folder"] == str(folder)
+        one
+        for one in client.search_runs([experiment.experiment_id])
+        if one.data.tags["hyperscale.folder"] == str(folder)
     ]
-    assert [found.info.status for found in runs] == ["FINISHED"]
+    assert [one.info.status for one in runs] == ["FINISHED"]
     history = client.get_metric_history(runs[0].info.run_id, "train/loss")
     assert {metric.step for metric in history} == set(range(1, STEPS + 1))
 

@@ -41,11 +41,11 @@ def recipe(backbone: Path, tasks: list[str], output: Path, resident: str, **engi
     return make_recipe(backbone, tasks, output, engine=settings, cluster={"workers": 2})
 
 
-def steps(asked: Recipe) -> dict[str, Any]:
+def steps(chosen: Recipe) -> dict[str, Any]:
     """Train three steps, evaluate, train one more; what was held, gathered and lost on this rank."""
-    engine, corpus = engine_of(asked), corpus_of(asked)
+    engine, corpus = engine_of(chosen), corpus_of(chosen)
     assert isinstance(engine, ZeroEngine)
-    loader = loader_of(asked, corpus, engine.collective.rank, 2)
+    loader = loader_of(chosen, corpus, engine.collective.rank, 2)
     held, losses = [held_elements(engine.model.backbone)], []
     for step in range(4):
         if step == 3:  # evaluation makes DeepSpeed forget the order of modules, and let go what it may
@@ -76,8 +76,8 @@ def test_held_memory_matches_the_resident_setting(
     backbone = request.getfixturevalue(f"tiny_{family}_folder")
 
     def run(resident: str) -> dict[str, Any]:
-        asked = recipe(backbone, tasks, tmp_path, resident, activation_checkpointing=checkpointing)
-        first, second = two_ranks.run(steps, asked)
+        chosen = recipe(backbone, tasks, tmp_path, resident, activation_checkpointing=checkpointing)
+        first, second = two_ranks.run(steps, chosen)
         assert first["resident"] == second["resident"]
         assert first["losses"] == second["losses"]
         assert set(first["held"]) == set(second["held"])
@@ -98,36 +98,36 @@ def test_held_memory_matches_the_resident_setting(
     assert everything["losses"] == pytest.approx(none["losses"], rel=rounding, abs=0.0)
 
 
-def agreed(asked: Recipe, free: list[float]) -> tuple[Residency, int]:
+def agreed(chosen: Recipe, free: list[float]) -> tuple[Residency, int]:
     """Decide as a rank whose machine has other memory than its neighbour's."""
     import hyperscale.engine.residency as residency
 
-    engine = engine_of(asked.model_copy(update={"engine": asked.engine.model_copy(update={"resident": "none"})}))
+    engine = engine_of(chosen.model_copy(update={"engine": chosen.engine.model_copy(update={"resident": "none"})}))
     assert isinstance(engine, ZeroEngine)
     collective = engine.collective
     before = residency.free_memory
     residency.free_memory = lambda _device: (int(free[collective.rank]), 0)
     try:
-        folder = open_backbone(asked.backbone)
-        chosen = agree_on_resident(asked, folder, engine.parts, collective, CPU)
+        folder = open_backbone(chosen.backbone)
+        decision = agree_on_resident(chosen, folder, engine.parts, collective, CPU)
     finally:
         residency.free_memory = before
-    return chosen, len(engine.parts)
+    return decision, len(engine.parts)
 
 
 def test_the_poorest_rank_decides(two_ranks: Ranks, tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
-    asked = recipe(tiny_llama_folder, tasks, tmp_path, "auto")
-    (rich, parts), (poor, _) = two_ranks.run(agreed, asked, [1e12, 1e12])
+    chosen = recipe(tiny_llama_folder, tasks, tmp_path, "auto")
+    (rich, parts), (poor, _) = two_ranks.run(agreed, chosen, [1e12, 1e12])
     assert len(rich.parts) == len(poor.parts) == parts
     assert not rich.returns_memory
-    (rich, _), (poor, _) = two_ranks.run(agreed, asked, [1e12, 1e6])
+    (rich, _), (poor, _) = two_ranks.run(agreed, chosen, [1e12, 1e6])
     assert rich == poor == Residency(frozenset(), returns_memory=True)
 
     # Room for the plan and all parts, but not for the plan once more: the plan is kept to.
-    workload = describe_run(asked, open_backbone(asked.backbone))
-    plan = plan_memory(workload, read_sharding(asked, 2, "cpu"), frozenset(), "cpu").total
+    workload = describe_run(chosen, open_backbone(chosen.backbone))
+    plan = plan_memory(workload, read_sharding(chosen, 2, "cpu"), frozenset(), "cpu").total
     enough = 2 * (plan + sum(part.nbytes for part in workload.parts))  # for two ranks of one machine
-    (tight, _), (roomy, _) = (two_ranks.run(agreed, asked, [free] * 2)[0] for free in (enough, enough + 2 * plan))
+    (tight, _), (roomy, _) = (two_ranks.run(agreed, chosen, [free] * 2)[0] for free in (enough, enough + 2 * plan))
     assert tight == Residency(all_names(workload.parts), returns_memory=True)
     assert roomy == Residency(all_names(workload.parts), returns_memory=False)
 
@@ -162,8 +162,8 @@ def test_a_frozen_linear_keeps_nothing_of_its_weight(bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(6, 5, bias=bias).requires_grad_(False)
     x = torch.randn(2, 3, 6, requires_grad=True)
-    wanted = F.linear(x, linear.weight, linear.bias)
-    (gradient,) = torch.autograd.grad(wanted.square().sum(), x)
+    expected = F.linear(x, linear.weight, linear.bias)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
 
     forget_linear_inputs(linear)
     kept: list[torch.Tensor] = []
@@ -175,13 +175,13 @@ def test_a_frozen_linear_keeps_nothing_of_its_weight(bias: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = linear(x)
     assert kept == []
-    assert torch.equal(y, wanted)
+    assert torch.equal(y, expected)
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], gradient)
     assert not linear(x.detach()).requires_grad
 
 
 def test_one_rank_decides_alone(tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
-    asked = make_recipe(tiny_llama_folder, tasks, tmp_path, engine={"kind": "zero", "resident": "10KB"})
+    chosen = make_recipe(tiny_llama_folder, tasks, tmp_path, engine={"kind": "zero", "resident": "10KB"})
     parts = (Part("small", (100,), (4,), 2, False), Part("large", (10_000,), (4,), 2, True))
-    folder = open_backbone(asked.backbone)
-    assert agree_on_resident(asked, folder, parts, SingleProcess(), CPU).parts == {"small"}
+    folder = open_backbone(chosen.backbone)
+    assert agree_on_resident(chosen, folder, parts, SingleProcess(), CPU).parts == {"small"}

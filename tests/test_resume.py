@@ -38,11 +38,11 @@ def worker(recipe: Recipe, killed_at: int | None = None) -> RunResult | None:
 
 def die_after(steps: int) -> None:
     """Kill this process when it asks for the rows of one more step; nothing outlives it, not even this change."""
-    next_step, asked = TrainLoader.next_step, []
+    next_step, requests = TrainLoader.next_step, []
 
     def die_or_go_on(loader: TrainLoader) -> list[Batch]:
-        asked.append(None)
-        if len(asked) > steps:
+        requests.append(None)
+        if len(requests) > steps:
             os.kill(os.getpid(), signal.SIGKILL)
         return next_step(loader)
 
@@ -149,18 +149,18 @@ def test_a_run_of_two_ranks_continues_on_one(runs: Runs, tmp_path: Path):
         train_in_process(recipe, resume=False)
     result = train_in_process(recipe, resume=True)
     assert [entry["step"] for entry in lines(recipe.output) if entry["event"] == "step"] == [1, 2, 3, 4, 5, 6]
-    wanted = load_checkpoint(runs.results[0].checkpoint).tensors["generator"]
+    expected = load_checkpoint(runs.results[0].checkpoint).tensors["generator"]
     got = load_checkpoint(result.checkpoint).tensors["generator"]
     # Other random numbers drop out on other ranks, so close is all that can be asked.
-    assert all((got[name] - tensor).abs().max() < 0.01 for name, tensor in wanted.items())
+    assert all((got[name] - tensor).abs().max() < 0.01 for name, tensor in expected.items())
 
 
-def test_a_checkpoint_of_another_site_map_is_refused(runs: Runs, tmp_path: Path):
+def test_a_checkpoint_of_another_site_map_is_an_error(runs: Runs, tmp_path: Path):
     adapters = [{"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q", "v", "wo"]}]
     recipe = continued(runs, tmp_path / "other", adaptation={"adapters": adapters})
-    with pytest.raises(CheckpointError, match="belongs to another run: the site map had") as refused:
+    with pytest.raises(CheckpointError, match="belongs to another run: the site map had") as error:
         train_in_process(recipe, resume=True)
-    assert "Use the recipe.yaml beside the checkpoint" in str(refused.value)
+    assert "Use the recipe.yaml beside the checkpoint" in str(error.value)
 
 
 def test_a_step_that_is_scored_and_saved_is_saved_once(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

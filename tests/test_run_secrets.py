@@ -38,7 +38,7 @@ class Place:
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    def refused(self, *arguments: object) -> str:
+    def run_with_error(self, *arguments: object) -> str:
         """Run a command that must end with a user's error, and return its error output."""
         done = cluster.run(*arguments, environment=cluster.client_environment(), folder=self.folder)
         assert done.returncode == 2, done.stdout + done.stderr
@@ -60,8 +60,8 @@ class Place:
         needles = [form.encode() for form in FORMS]
         files = [path for path in self.folder.rglob("*") if path.is_file() and path != but]
         assert len(files) > 20
-        found = [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
-        return found + [name for name, text in self.printed.items() if any(form in text for form in FORMS)]
+        leaking_files = [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
+        return leaking_files + [name for name, text in self.printed.items() if any(form in text for form in FORMS)]
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +101,12 @@ def test_a_password_is_nowhere_in_what_runs_leave_behind(place: Place) -> None:
     masked = yaml.safe_load((run / "recipe.yaml").read_text())["tracking"]["mlflow"]["uri"]
     assert masked == f"http://***@127.0.0.1:{place.port}"
     again = ("train", run / "recipe.yaml", *local, f"output={place.folder / 'runs/again'}", "name=again")
-    assert "run folders hold no passwords" in place.refused(*again)
+    assert "run folders hold no passwords" in place.run_with_error(*again)
     assert not (place.folder / "runs/again").exists()
     place.command(*again, MLFLOW_TRACKING_URI=known)
 
     adapt = ("adapt", run, "--task", place.folder / "tasks/plural.yaml", *local)
-    assert "run folders hold no passwords" in place.refused(*adapt)
+    assert "run folders hold no passwords" in place.run_with_error(*adapt)
     place.command(*adapt, MLFLOW_TRACKING_URI=known)
     place.command("evaluate", run)
     place.command("export", run, "--output", place.folder / "exported")

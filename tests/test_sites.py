@@ -59,8 +59,8 @@ def kinds(*targets: str, sublayers: Sequence[str] = ()) -> Sequence[AdapterKind]
 
 
 def test_llama():
-    found = find_sites(llama(), LLAMA, kinds("q", "v", "down", sublayers=("attention", "feed_forward")))
-    assert [(site.name, site.position, site.kind, site.in_features, site.out_features) for site in found.sites] == [
+    site_map = find_sites(llama(), LLAMA, kinds("q", "v", "down", sublayers=("attention", "feed_forward")))
+    assert [(site.name, site.position, site.kind, site.in_features, site.out_features) for site in site_map.sites] == [
         (f"model.layers.{layer}.{name}", position, kind, width_in, width_out)
         for layer in (0, 1)
         for name, position, kind, width_in, width_out in (
@@ -71,10 +71,10 @@ def test_llama():
             ("mlp.down_proj", "feed_forward", "bottleneck", 48, 32),
         )
     ]
-    assert [site.layer for site in found.sites] == [0] * 5 + [1] * 5
-    assert found.stacks == ("decoder",)
-    assert found.positions == ("lora:q", "lora:v", "lora:down", "bottleneck:attention", "bottleneck:feed_forward")
-    assert {group: [site.name for site in sites] for group, sites in found.groups.items()} == {
+    assert [site.layer for site in site_map.sites] == [0] * 5 + [1] * 5
+    assert site_map.stacks == ("decoder",)
+    assert site_map.positions == ("lora:q", "lora:v", "lora:down", "bottleneck:attention", "bottleneck:feed_forward")
+    assert {group: [site.name for site in sites] for group, sites in site_map.groups.items()} == {
         "decoder/lora/32x32": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
         "decoder/lora/32x16": ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"],
         "decoder/lora/48x32": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
@@ -84,8 +84,8 @@ def test_llama():
 
 
 def test_t5():
-    found = find_sites(t5(), T5, kinds("q", "cross_v", "wi_1", sublayers=("attention", "feed_forward")))
-    assert [site.name for site in found.sites] == [
+    site_map = find_sites(t5(), T5, kinds("q", "cross_v", "wi_1", sublayers=("attention", "feed_forward")))
+    assert [site.name for site in site_map.sites] == [
         "encoder.block.0.layer.0.SelfAttention.q",
         "encoder.block.0.layer.1.DenseReluDense.wi_1",
         "encoder.block.0.layer.0.SelfAttention.o",
@@ -102,8 +102,9 @@ def test_t5():
             )
         ),
     ]
-    assert found.stacks == ("encoder", "decoder")
-    assert {site.group for site in found.sites if site.position == "q"} == {"encoder/lora/32x16", "decoder/lora/32x16"}
+    assert site_map.stacks == ("encoder", "decoder")
+    groups = {site.group for site in site_map.sites if site.position == "q"}
+    assert groups == {"encoder/lora/32x16", "decoder/lora/32x16"}
 
 
 @pytest.mark.parametrize("model", [llama(), t5("relu"), t5("gated-gelu")], ids=["llama", "t5", "t5 gated"])
@@ -133,8 +134,8 @@ def test_one_word_is_the_list_that_it_stands_for():
 
 def test_scales_norms_and_prefixes():
     settings = [Ia3Settings(), NormDeltaSettings(), PrefixSettings()]
-    found = find_sites(llama(), LLAMA, build_kinds(settings))
-    assert [(site.name, site.position, site.in_features, site.out_features) for site in found.sites] == [
+    site_map = find_sites(llama(), LLAMA, build_kinds(settings))
+    assert [(site.name, site.position, site.in_features, site.out_features) for site in site_map.sites] == [
         *(
             (f"model.layers.{layer}.{name}", position, *sizes)
             for layer in (0, 1)
@@ -150,32 +151,32 @@ def test_scales_norms_and_prefixes():
         ),
         ("model.norm", "final", 32, 32),
     ]
-    assert found.sites[-1].layer == 2
-    assert [site.kind for site in found.where(lambda site: site.layer == 2).sites] == ["norm_delta"]
+    assert site_map.sites[-1].layer == 2
+    assert [site.kind for site in site_map.where(lambda site: site.layer == 2).sites] == ["norm_delta"]
 
-    found = find_sites(t5(), T5, build_kinds(settings))
-    assert [site.name for site in found.sites if site.kind == "norm_delta"] == [
+    site_map = find_sites(t5(), T5, build_kinds(settings))
+    assert [site.name for site in site_map.sites if site.kind == "norm_delta"] == [
         "encoder.block.0.layer.0.layer_norm",
         "encoder.block.0.layer.1.layer_norm",
         "encoder.final_layer_norm",
         *(f"decoder.block.{layer}.layer.{place}.layer_norm" for layer in (0, 1) for place in (0, 1, 2)),
         "decoder.final_layer_norm",
     ]
-    assert [site.name for site in found.sites if site.position == "keys"] == [
+    assert [site.name for site in site_map.sites if site.position == "keys"] == [
         "encoder.block.0.layer.0.SelfAttention",
         "decoder.block.0.layer.0.SelfAttention",
         "decoder.block.1.layer.0.SelfAttention",
     ]
-    assert {site.group for site in found.sites if site.kind == "ia3"} == {
+    assert {site.group for site in site_map.sites if site.kind == "ia3"} == {
         f"{stack}/ia3/{sizes}" for stack in ("encoder", "decoder") for sizes in ("32x16", "48x48")
     }
 
 
 def test_a_map_survives_json():
-    found = find_sites(t5(), T5, kinds("q", sublayers=("attention",)))
-    again = SiteMap.from_json(json.loads(json.dumps(found.to_json())))
-    assert again == found
-    assert list(again.groups) == list(found.groups)
+    site_map = find_sites(t5(), T5, kinds("q", sublayers=("attention",)))
+    again = SiteMap.from_json(json.loads(json.dumps(site_map.to_json())))
+    assert again == site_map
+    assert list(again.groups) == list(site_map.groups)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_a_map_survives_json():
         ("wi", "gated-gelu", "this backbone has no such layer"),
     ],
 )
-def test_unknown_targets_are_refused(target: str, feed_forward: str, reason: str):
+def test_an_unknown_target_is_an_error(target: str, feed_forward: str, reason: str):
     expected = rf"^adaptation\.adapters: lora target '{target}' cannot be used on a t5 backbone \({reason}\)"
     with pytest.raises(ConfigError, match=expected) as caught:
         find_sites(t5(feed_forward), T5, kinds("q", target))

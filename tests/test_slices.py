@@ -99,8 +99,8 @@ def write(path: Path, header: object, data: bytes) -> Path:
     return path
 
 
-def test_damaged_files_are_refused_by_name(tmp_path: Path):
-    def refusal(file: Path) -> str:
+def test_the_error_for_a_damaged_file_names_it(tmp_path: Path):
+    def indexing_error(file: Path) -> str:
         with pytest.raises(BackboneError) as caught:
             index_tensors([file])
         assert str(file) in str(caught.value)
@@ -110,22 +110,22 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path):
     whole = file.read_bytes()
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(whole[:-1])
-    assert "is cut short: tensor '" in refusal(broken)
-    assert f"of {len(whole) - 1}; fetch the file again" in refusal(broken)
+    assert "is cut short: tensor '" in indexing_error(broken)
+    assert f"of {len(whole) - 1}; fetch the file again" in indexing_error(broken)
     for start in (b"", whole[:5], whole[:60], b"pytorch's pickled weights" * 10):
         broken.write_bytes(start)
-        assert "is no safetensors file" in refusal(broken)
+        assert "is no safetensors file" in indexing_error(broken)
     broken.write_bytes((20).to_bytes(8, "little") + b"x" * 30)
-    assert "its header is not one" in refusal(broken)
+    assert "its header is not one" in indexing_error(broken)
     for header in ([1], {"w": 3}, {"w": {"dtype": "F32", "shape": [1]}}):
-        assert "is no safetensors file" in refusal(write(broken, header, b""))
+        assert "is no safetensors file" in indexing_error(write(broken, header, b""))
     quantised = {"w": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}
-    assert "tensor 'w' is I8; a backbone's weights are F32, BF16, F16, F64" in refusal(
+    assert "tensor 'w' is I8; a backbone's weights are F32, BF16, F16, F64" in indexing_error(
         write(broken, quantised, b"1234")
     )
     # a table that disagrees with itself would make one tensor's bytes another's
     wrong = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}
-    assert "tensor 'w' has 4 bytes for shape [2]" in refusal(write(broken, wrong, b"1234"))
+    assert "tensor 'w' has 4 bytes for shape [2]" in indexing_error(write(broken, wrong, b"1234"))
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):

@@ -18,9 +18,9 @@ from hyperscale.errors import DataError
 
 
 def task(source: Any, **fields: Any) -> Task:
-    given = {"name": "t", "source": source, "input": "{text}?"} | fields
+    values = {"name": "t", "source": source, "input": "{text}?"} | fields
     return Task.model_validate(
-        given if {"target", "labels", "label_column"} & given.keys() else given | {"target": "{y}"}
+        values if {"target", "labels", "label_column"} & values.keys() else values | {"target": "{y}"}
     )
 
 

@@ -28,35 +28,35 @@ def task(format: TagFormat | None = None, **fields: object) -> Task:
 
 def sentences(count: int, seed: int = 0) -> list[Tagged]:
     """Return sentences of 1 to 12 words, some of them repeated, with valid BIO tags."""
-    draw, made = random.Random(seed), []
+    draw, rows = random.Random(seed), []
     for _ in range(count):
         tags: list[str] = []
         for _ in range(draw.randint(1, 12)):
             kind = draw.choice(TYPES)
             inside = [f"I-{tags[-1][2:]}"] * 2 if tags and tags[-1] != "O" else []
             tags.append(draw.choice(["O", f"B-{kind}", *inside]))
-        made.append(
+        rows.append(
             Tagged(tuple(draw.choice(("to", "2", "York", "don't", "a/b", "<3", "naïve")) for _ in tags), tuple(tags))
         )
-    return made
+    return rows
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Return (type, start, end) of every B- tag and the I- tags of its type right after it: BIO by its definition."""
-    found = set()
+    chunks = set()
     for start, tag in enumerate(tags):
         if tag.startswith("B-"):
             end = start + 1
             while end < len(tags) and tags[end] == f"I-{tag[2:]}":
                 end += 1
-            found.add((tag[2:], start, end))
-    return found
+            chunks.add((tag[2:], start, end))
+    return chunks
 
 
 def micro_f1(expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> float:
-    pairs = [(spans(right), spans(said)) for right, said in zip(expected, predicted, strict=True)]
-    hits = sum(len(right & said) for right, said in pairs)
-    total = sum(len(right) + len(said) for right, said in pairs)
+    pairs = [(spans(right), spans(predicted_spans)) for right, predicted_spans in zip(expected, predicted, strict=True)]
+    hits = sum(len(right & predicted_spans) for right, predicted_spans in pairs)
+    total = sum(len(right) + len(predicted_spans) for right, predicted_spans in pairs)
     return 200 * hits / total if total else 0.0
 
 
@@ -111,21 +111,21 @@ def test_span_f1_equals_a_second_count(format: TagFormat):
     assert score(task(format), [writing.answer(one) for one in right], [writing.answer(one) for one in right]) == {
         "span_f1": 100
     }
-    seen = set()
+    scores = set()
     for share in (0.0, 0.1, 0.5, 1.0):
         answers = []
         for one in right:
-            said = Tagged(
+            noisy = Tagged(
                 one.words,
                 tuple(draw.choice(["O", "B-city", "I-city"]) if draw.random() < share else tag for tag in one.tags),
             )
-            text = writing.answer(said)
+            text = writing.answer(noisy)
             answers.append(text[: draw.randrange(len(text) + 1)] if draw.random() < 0.2 else text)
         predicted = [writing.tags(text, one.words) for text, one in zip(answers, right, strict=True)]
         measured = score(task(format), answers, [writing.answer(one) for one in right])["span_f1"]
         assert measured == pytest.approx(micro_f1([one.tags for one in right], predicted), abs=1e-9)
-        seen.add(round(measured))
-    assert len(seen) == 4
+        scores.add(round(measured))
+    assert len(scores) == 4
 
 
 def test_span_f1_is_strict_where_an_answer_is_any_tags():
@@ -208,8 +208,8 @@ def test_generated_ids_keep_their_sentinels(t5: PreTrainedTokenizerBase, tiny_ll
     tokenizers = {"sentinels": t5, "lines": AutoTokenizer.from_pretrained(tiny_llama_folder)}
     for name, tokenizer in tokenizers.items():
         writing = WRITINGS[name]
-        asked = TaskTokenizer(tokenizer, task(name), is_encoder_decoder=name == "sentinels")
-        (ids,) = asked.encode_answers([writing.answer(FLIGHT)])
+        task_tokenizer = TaskTokenizer(tokenizer, task(name), is_encoder_decoder=name == "sentinels")
+        (ids,) = task_tokenizer.encode_answers([writing.answer(FLIGHT)])
         assert (
-            writing.tags(asked.decode([*ids, *ids]), FLIGHT.words) == FLIGHT.tags
+            writing.tags(task_tokenizer.decode([*ids, *ids]), FLIGHT.words) == FLIGHT.tags
         )  # what comes after eos does not count

@@ -41,14 +41,14 @@ def site_map(tiny_llama_folder: Path) -> SiteMap:
     return tiny.adapted_model(tiny_llama_folder).site_map
 
 
-def build(chosen: AdaptationSettings, site_map: SiteMap, given: Tensor | None, num_tasks: int = NUM_TASKS) -> nn.Module:
-    return build_generator(chosen, site_map, build_kinds(chosen.adapters), num_tasks, 0, given)
+def build(chosen: AdaptationSettings, site_map: SiteMap, code: Tensor | None, num_tasks: int = NUM_TASKS) -> nn.Module:
+    return build_generator(chosen, site_map, build_kinds(chosen.adapters), num_tasks, 0, code)
 
 
 @pytest.mark.parametrize("generator", ["hypernetwork", "per_layer"])
 def test_codes_are_a_projection_of_what_sets_the_descriptions_apart(generator: str, site_map: SiteMap):
-    made = build(settings(generator), site_map, features())
-    encoder = made.get_submodule("task_encoder")
+    built = build(settings(generator), site_map, features())
+    encoder = built.get_submodule("task_encoder")
     codes = encoder(torch.tensor([3, 1]))
     centre = features().mean(0)
     spread = (features() - centre).pow(2).mean().sqrt()
@@ -59,8 +59,8 @@ def test_codes_are_a_projection_of_what_sets_the_descriptions_apart(generator: s
     assert 0.5 < every.std() < 1.5  # a table's are N(0, 1)
     assert torch.cdist(every, every)[~torch.eye(NUM_TASKS, dtype=torch.bool)].min() > 1
 
-    tiny.disturb(made)
-    weights = made(torch.arange(NUM_TASKS))
+    tiny.disturb(built)
+    weights = built(torch.arange(NUM_TASKS))
     sum(tensor.square().sum() for tensor in tensors_of(weights)).backward()
     assert encoder.project.weight.grad.any()
     assert not encoder.features.requires_grad
@@ -70,29 +70,29 @@ def test_codes_are_a_projection_of_what_sets_the_descriptions_apart(generator: s
 
 @pytest.mark.parametrize("generator", ["hypernetwork", "per_layer"])
 def test_features_travel_with_the_generator(generator: str, site_map: SiteMap):
-    made = build(settings(generator), site_map, features())
-    tiny.disturb(made)
-    state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    found = stored_features(state)
-    assert torch.equal(found, features())
-    again = build(settings(generator), site_map, found)
+    first = build(settings(generator), site_map, features())
+    tiny.disturb(first)
+    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    stored = stored_features(state)
+    assert torch.equal(stored, features())
+    again = build(settings(generator), site_map, stored)
     again.load_state_dict(state, strict=True)
     tasks = torch.tensor([2, 0])
-    for one, other in zip(tensors_of(made(tasks)), tensors_of(again(tasks)), strict=True):
+    for one, other in zip(tensors_of(first(tasks)), tensors_of(again(tasks)), strict=True):
         assert torch.equal(one, other)
     assert stored_features(build(settings(generator, "table"), site_map, None).state_dict()) is None
 
 
 def test_a_task_that_was_never_trained(site_map: SiteMap):
-    made = build(settings("hypernetwork"), site_map, features())
-    tiny.disturb(made)
-    before = made(torch.arange(NUM_TASKS))
+    generator = build(settings("hypernetwork"), site_map, features())
+    tiny.disturb(generator)
+    before = generator(torch.arange(NUM_TASKS))
     new = features(NUM_TASKS + 2)[NUM_TASKS:]
-    ids = made.task_encoder.append(torch.cat([new, features()[1:2]]))
+    ids = generator.task_encoder.append(torch.cat([new, features()[1:2]]))
     assert ids.tolist() == [4, 5, 6]
-    for old, now in zip(tensors_of(before), tensors_of(made(torch.arange(NUM_TASKS))), strict=True):
+    for old, now in zip(tensors_of(before), tensors_of(generator(torch.arange(NUM_TASKS))), strict=True):
         assert torch.equal(old, now)  # the trained tasks are as they were
-    for tensor in tensors_of(made(torch.cat([ids, torch.tensor([1])]))):
+    for tensor in tensors_of(generator(torch.cat([ids, torch.tensor([1])]))):
         assert not torch.equal(tensor[0], tensor[1])
         torch.testing.assert_close(tensor[2], tensor[3], rtol=1e-6, atol=1e-6)  # the same words, the same task
 
@@ -109,7 +109,7 @@ def test_more_described_tasks_leave_the_known_ones_to_the_bit(site_map: SiteMap)
     assert keep_known_tasks(more, NUM_TASKS) == {}
 
 
-def test_the_text_encoder_refuses_missing_or_wrong_features(site_map: SiteMap):
+def test_missing_or_wrong_features_of_the_text_encoder_are_errors(site_map: SiteMap):
     with pytest.raises(ConfigError, match=r"^adaptation.task_encoder.kind 'text' needs features of the tasks'"):
         build(settings("hypernetwork"), site_map, None)
     with pytest.raises(ConfigError, match=r"features of shape \[4, 24\] for 3 tasks$"):
@@ -147,11 +147,11 @@ def test_descriptions_are_read_a_few_at_a_time(family: str, request: pytest.Fixt
         assert output.get("hidden_states") is None
 
     handle = backbone.register_forward_hook(record, with_kwargs=True)
-    found = text_features(backbone, folder.architecture, ids, mask)
+    actual = text_features(backbone, folder.architecture, ids, mask)
     handle.remove()
     assert shapes == [(8, 9), (3, 30)]
     assert backbone.training
     assert not backbone.get_submodule(folder.architecture.stacks[0].final_norm)._forward_hooks
     with torch.no_grad():
         expected = whole_features(backbone.eval(), folder.architecture, ids, mask)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

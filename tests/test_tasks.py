@@ -56,8 +56,8 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub = load_task(str(write(tmp_path, "two", start + "{kind: hub, path: nyu-mll/glue, name: sst2}")))
     assert hub.source == HubSource(path="nyu-mll/glue", name="sst2")
     monkeypatch.setenv("ROWS", "/data/rows")
-    found = load_task(str(write(tmp_path, "three", start + "{train: '${ROWS}/a.jsonl', test: '../b.jsonl'}")))
-    assert found.source == FileSource(train="/data/rows/a.jsonl", test=str(tmp_path.parent / "b.jsonl"))
+    task = load_task(str(write(tmp_path, "three", start + "{train: '${ROWS}/a.jsonl', test: '../b.jsonl'}")))
+    assert task.source == FileSource(train="/data/rows/a.jsonl", test=str(tmp_path.parent / "b.jsonl"))
     home = load_task(str(write(tmp_path, "four", start + "~/rows.jsonl")))
     assert isinstance(home.source, FileSource)
     assert home.source.path == str(Path.home() / "rows.jsonl")
@@ -100,12 +100,12 @@ def test_tagging_is_a_line(tmp_path: Path):
 
 
 def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
-    found = problems(
+    messages = problems(
         tmp_path,
         'nme: x\nsource: {kind: fil, path: x}\ninput: "{text}}"\n'
         "metrics: [accurcy]\nlabels: {0: no, 1: yes}\nchat: 3\n",
     )
-    assert [line.split(": ")[:2] for line in found] == [
+    assert [line.split(": ")[:2] for line in messages] == [
         ["2", "source.kind"],
         ["3", "input"],
         ["5", "labels"],
@@ -113,11 +113,11 @@ def test_every_mistake_of_a_file_is_reported_at_once(tmp_path: Path):
         ["6", "chat"],
         ["1", "nme"],
     ]
-    assert found[0].endswith("'fil' is not allowed: must be one of file, asset, hub. Did you mean 'file'?")
-    assert "'}' at character 7 has no partner" in found[1]
-    assert "put such words in quotes" in found[2]
-    assert found[3].endswith("Did you mean 'accuracy'?")
-    assert "Did you mean 'name'?" in found[5]
+    assert messages[0].endswith("'fil' is not allowed: must be one of file, asset, hub. Did you mean 'file'?")
+    assert "'}' at character 7 has no partner" in messages[1]
+    assert "put such words in quotes" in messages[2]
+    assert messages[3].endswith("Did you mean 'accuracy'?")
+    assert "Did you mean 'name'?" in messages[5]
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_scored_at_the_end_and_again(place: Path, capsys: pytest.CaptureFixture[
     assert records["validation"]["samples"] == {"mood": 6}
 
     for stage in ("untouched", "validation", "test"):
-        found = read_predictions(str(place / "run"), stage)["mood"]
-        hits = [a.strip() == b.strip() for a, b in zip(found.references, found.predictions, strict=True)]
+        answers = read_predictions(str(place / "run"), stage)["mood"]
+        hits = [a.strip() == b.strip() for a, b in zip(answers.references, answers.predictions, strict=True)]
         assert records[stage]["scores"]["mood"]["accuracy"] == pytest.approx(100 * sum(hits) / len(hits))
     lines = (place / "run/predictions/test.jsonl").read_text().split("\n")[:-1]
     assert all("test thing" in json.loads(line)["input"] for line in lines)
@@ -71,9 +71,9 @@ def test_scored_at_the_end_and_again(place: Path, capsys: pytest.CaptureFixture[
 
 def test_a_task_without_test_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = f"data.tasks=[{place / 'untested.yaml'}]"
-    refused = run(capsys, "train", place / "recipe.yaml", "--launcher", "local", tasks)
-    assert refused.code != 0
-    (message,) = refused.errors
+    outcome = run(capsys, "train", place / "recipe.yaml", "--launcher", "local", tasks)
+    assert outcome.code != 0
+    (message,) = outcome.errors
     assert message.startswith(
         f"task 'untested' has no test rows (file:{place / 'mood/train.jsonl'}); score the validation"
     )
@@ -102,6 +102,6 @@ def test_a_checkpoint_of_a_gpu_run_is_evaluated_on_a_cpu(place: Path, capsys: py
     chosen = run(capsys, "evaluate", place / "gpu", "--device", "cpu", "data.validation_limit=2")
     assert chosen.code == 0, chosen.err
     assert "evaluating on the CPU" not in chosen.err
-    refused = run(capsys, "evaluate", place / "gpu", "--device", "cuda")
-    assert refused.code == 1
-    assert "sees no CUDA device" in refused.errors[0]
+    outcome = run(capsys, "evaluate", place / "gpu", "--device", "cuda")
+    assert outcome.code == 1
+    assert "sees no CUDA device" in outcome.errors[0]

@@ -154,7 +154,7 @@ def test_chat_uses_the_tokenizers_template(gpt: PreTrainedTokenizerFast):
         TaskTokenizer(chatty, task(chat=True, system="refuse"), is_encoder_decoder=False).encode_prompts(["a"])
 
 
-def test_limits_drop_refuse_or_shorten_but_never_cut_an_answer(
+def test_limits_drop_reject_or_shorten_rows_but_never_cut_an_answer(
     gpt: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ):
     tokenizer = TaskTokenizer(gpt, task(), is_encoder_decoder=False)

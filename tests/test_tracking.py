@@ -35,7 +35,7 @@ RESULTS_OF_OLD_RUNS = {"run/context.py"}  # reads the `mlflow` key of a result.j
 pytestmark = pytest.mark.usefixtures("nothing_is_left_behind")
 
 
-def test_settings_refuse_uris_that_mean_something_else_on_another_machine() -> None:
+def test_a_tracking_uri_of_one_machine_is_an_error() -> None:
     assert TrackingSettings().mlflow.uri is None
     for uri in ("http://host:5000", "sqlite:////data/mlflow.db", SECRET):
         assert MlflowSettings(uri=uri).uri == uri
@@ -214,14 +214,14 @@ def push_steps(folder: Path, place: Place, steps: int, patience: float) -> float
     return time.monotonic() - started
 
 
-def test_a_pusher_keeps_order_repeats_what_is_temporary_and_skips_what_is_refused(
+def test_a_pusher_keeps_the_order_retries_temporary_errors_and_skips_rejected_records(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = Place()
     place.faults = 2
     push_steps(tmp_path, place, 500, patience=60)
     assert place.got == [step for step in range(1, 501) if step != 13]
-    assert caplog.text.count("memory refused a record: never") == 1
+    assert caplog.text.count("memory rejected a record: never") == 1
     assert caplog.text.count("does not answer") == 1
     assert "hunter2" not in caplog.text
     assert f"hyperscale track {tmp_path} --to memory" in caplog.text

@@ -183,16 +183,16 @@ def test_five_steps(two_ranks: Ranks, backbone: Path, tasks: list[str], tmp_path
 
 
 def assert_same_training(first: Trained, second: Trained, reference: Trained) -> None:
-    for got, wanted in zip(first.steps, reference.steps, strict=True):
-        assert got.loss == pytest.approx(wanted.loss, rel=1e-5)
-        assert dict(got.task_losses) == pytest.approx(dict(wanted.task_losses), rel=1e-5)
-        assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
-        assert (got.tokens, got.samples) == (wanted.tokens, wanted.samples)
-        assert got.learning_rate == wanted.learning_rate
+    for got, expected in zip(first.steps, reference.steps, strict=True):
+        assert got.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert dict(got.task_losses) == pytest.approx(dict(expected.task_losses), rel=1e-5)
+        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert (got.tokens, got.samples) == (expected.tokens, expected.samples)
+        assert got.learning_rate == expected.learning_rate
     assert len({step.loss for step in first.steps}) == len(first.steps)
     assert first.steps == second.steps
-    for name, wanted in reference.generator.items():
-        assert (first.generator[name] - wanted).abs().max() <= 1e-4, name
+    for name, expected in reference.generator.items():
+        assert (first.generator[name] - expected).abs().max() <= 1e-4, name
         assert torch.equal(first.generator[name], second.generator[name]), name
     assert first.answers == second.answers == reference.answers
     assert len(set(first.answers)) > 2
@@ -210,13 +210,13 @@ def gathered(path: Path, dtype: str, quantization: str = "none") -> dict[str, Te
     settings = {"name": str(path), "dtype": dtype, "quantization": quantization}
     recipe = make_recipe(path, ["none"], path, backbone=settings, cluster={"workers": 2})
     backbone, _ = shard_backbone(open_backbone(recipe.backbone), recipe, CPU, 2)
-    found = {}
+    tensors = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         one: Any = parameter
         one.all_gather([one])
-        found[name] = one.detach().clone()
+        tensors[name] = one.detach().clone()
         one.partition([one])
-    return found
+    return tensors
 
 
 def test_sharded_weights_are_the_stored_ones(
@@ -234,12 +234,12 @@ def test_sharded_weights_are_the_stored_ones(
         (parts, "float32"),
     ]
     for path, dtype in cases:
-        wanted = dict(open_backbone_model(path, dtype).named_parameters(remove_duplicate=False))
-        for found in two_ranks.run(gathered, path, dtype):
-            assert found.keys() == wanted.keys()
-            for name, tensor in wanted.items():
-                assert found[name].dtype == DTYPES[dtype]
-                assert torch.equal(found[name], tensor), (path, name)
+        expected = dict(open_backbone_model(path, dtype).named_parameters(remove_duplicate=False))
+        for actual in two_ranks.run(gathered, path, dtype):
+            assert actual.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert actual[name].dtype == DTYPES[dtype]
+                assert torch.equal(actual[name], tensor), (path, name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -250,13 +250,13 @@ def test_shards_of_integers_are_those_of_the_whole_tensors(
     odd = tiny.tiny_llama(tmp_path / "odd", intermediate_size=63)
     for path in (tiny_llama_folder, tiny_t5_folder, odd):
         settings = BackboneSettings.model_validate({"name": str(path), "dtype": dtype, "quantization": "int8"})
-        wanted = dict(load_dense(open_backbone(settings), settings).named_parameters(remove_duplicate=False))
-        assert {torch.int8, DTYPES[dtype]} == {tensor.dtype for tensor in wanted.values()}
-        for found in two_ranks.run(gathered, path, dtype, "int8"):
-            assert found.keys() == wanted.keys()
-            for name, tensor in wanted.items():
-                assert found[name].dtype == tensor.dtype
-                assert torch.equal(found[name], tensor), (path, name)
+        expected = dict(load_dense(open_backbone(settings), settings).named_parameters(remove_duplicate=False))
+        assert {torch.int8, DTYPES[dtype]} == {tensor.dtype for tensor in expected.values()}
+        for actual in two_ranks.run(gathered, path, dtype, "int8"):
+            assert actual.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert actual[name].dtype == tensor.dtype
+                assert torch.equal(actual[name], tensor), (path, name)
 
 
 def open_backbone_model(path: Path, dtype: str) -> Any:
@@ -264,10 +264,10 @@ def open_backbone_model(path: Path, dtype: str) -> Any:
     return folder.model_class.from_pretrained(path, dtype=DTYPES[dtype])
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(BackboneError) as refused:
+def loading_error(path: Path) -> str:
+    with pytest.raises(BackboneError) as error:
         gathered(path, "float32")
-    return str(refused.value)
+    return str(error.value)
 
 
 def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_path: Path):
@@ -280,12 +280,12 @@ def test_wrong_weights_are_named(two_ranks: Ranks, tiny_llama_folder: Path, tmp_
         path = Path(shutil.copytree(tiny_llama_folder, tmp_path / folder))
         others = {key: tensor for key, tensor in weights.items() if key != name}
         save_file(others | change, path / "model.safetensors", metadata={"format": "pt"})
-        for message in two_ranks.run(refusal, path):
+        for message in two_ranks.run(loading_error, path):
             assert name in message
             assert re.search(pattern, message), message
 
 
-def refusal_of_integers(path: Path) -> str:
+def loading_error_with_integers(path: Path) -> str:
     """Load with shards of 8-bit integers, as DeepSpeed's own quantization leaves them: floats round to 0 there."""
     convert = sharded_load.convert
 
@@ -296,13 +296,13 @@ def refusal_of_integers(path: Path) -> str:
 
     sharded_load.convert = quantizing
     try:
-        return refusal(path)
+        return loading_error(path)
     finally:
         sharded_load.convert = convert
 
 
 def test_a_shard_that_does_not_hold_its_files_numbers_is_named(two_ranks: Ranks, tiny_llama_folder: Path):
-    for message in two_ranks.run(refusal_of_integers, tiny_llama_folder):
+    for message in two_ranks.run(loading_error_with_integers, tiny_llama_folder):
         assert re.search(r"the shard of 'model\.embed_tokens\.weight' holds torch\.int8 \[0, 0, 0\]", message), message
 
 

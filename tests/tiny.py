@@ -231,9 +231,9 @@ def adapted_model(
     """
     settings = AdaptationSettings.model_validate(adaptation or {})
     frozen = BackboneSettings.model_validate({"name": str(folder), "dtype": "float32"} | backbone)
-    found = open_backbone(frozen)
-    module = load_dense(found, frozen)
-    blueprint = Blueprint.of_backbone(module, found.architecture, settings.adapters)
+    backbone_folder = open_backbone(frozen)
+    module = load_dense(backbone_folder, frozen)
+    blueprint = Blueprint.of_backbone(module, backbone_folder.architecture, settings.adapters)
     return blueprint.adapt(module, blueprint.build_generator(settings, num_tasks, seed=0))
 
 
