@@ -1,6 +1,7 @@
 """Prompts and answers as ids: one boundary everywhere, the tokenizer's own special tokens, no answer cut."""
 
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -226,5 +227,15 @@ def test_chunks_encode_as_one_call_does(t5: PreTrainedTokenizerFast, monkeypatch
     tokenizer = TaskTokenizer(t5, task(), is_encoder_decoder=True)
     examples = [example(f"Review: number {row}", "positive") for row in range(7)]
     whole = tokenizer.encode_split(examples, settings())
+    sizes: list[int] = []
+    encode = TaskTokenizer.encode_prompts
+
+    def note(self: TaskTokenizer, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        sizes.append(len(prompts))
+        return encode(self, prompts)
+
+    monkeypatch.setattr(TaskTokenizer, "encode_prompts", note)
     monkeypatch.setattr(tokenization, "_CHUNK", 3)
     assert tokenizer.encode_split(examples, settings()) == whole
+    assert sizes == [3, 3, 1]
+    assert isinstance(whole.encoded, EncodedRows)

@@ -1,19 +1,19 @@
 """Which examples form which optimizer step: a pure function of seed and step, the same for any number of workers."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hyperscale.config.data import DataSettings, MixtureSettings
+from hyperscale.data.random_stream import Ints, RandomStream
 from hyperscale.errors import CheckpointError
 
 _WINDOW, _EPOCH = 0, 1
 """Purposes of random streams. Each is seeded by (seed, purpose, counters), so none depends on earlier draws."""
-
-_Ints = np.ndarray[Any, np.dtype[np.int64]]
+_STREAM = "d9ce11989fef749a"
+"""Names the draws of `RandomStream` in a checkpoint. Where numpy itself drew, this was a digest of its draws: a
+checkpoint with another name was taken under another order."""
 
 
 class Sample(NamedTuple):
@@ -47,7 +47,7 @@ class Mixture:
 
     def __init__(self, lengths: Sequence[Sequence[int]], settings: DataSettings, batch_size: int, seed: int) -> None:
         """`lengths`: tokens of every training example of every task; `batch_size`: samples of a step on all ranks."""
-        self._lengths: list[_Ints] = [np.asarray(of_task, dtype=np.int64) for of_task in lengths]
+        self._lengths: list[Ints] = [np.asarray(of_task, dtype=np.int64) for of_task in lengths]
         self._rates = rates([len(of_task) for of_task in lengths], settings.mixture)
         self._settings = settings
         self._batch_size = batch_size
@@ -56,7 +56,7 @@ class Mixture:
         self._window: list[list[Sample]] = []
         # Rows drawn of each task before and after the current window.
         self._before = self._after = [0] * len(lengths)
-        self._orders: dict[int, tuple[int, _Ints]] = {}
+        self._orders: dict[int, tuple[int, Ints]] = {}
 
     def next_step(self) -> list[Sample]:
         """Return the samples of the next step, shortest first."""
@@ -92,7 +92,7 @@ class Mixture:
     def _order(self) -> dict[str, Any]:
         """Return everything that decides the order of samples, except the lengths."""
         return {
-            "stream": _stream(),
+            "stream": _STREAM,
             "seed": self._seed,
             "batch_size": self._batch_size,
             "bucket_steps": self._settings.bucket_steps,
@@ -106,9 +106,9 @@ class Mixture:
         steps, num_tasks = self._settings.bucket_steps, len(self._lengths)
         random = self._random(_WINDOW, window)
         if self._settings.mixed_tasks:
-            tasks = random.choice(num_tasks, size=steps * self._batch_size, p=self._rates)
+            tasks = random.choice(steps * self._batch_size, self._rates)
         else:
-            tasks = np.repeat(random.choice(num_tasks, size=steps, p=self._rates), self._batch_size)
+            tasks = np.repeat(random.choice(steps, self._rates), self._batch_size)
         counts = np.bincount(tasks, minlength=num_tasks)
         rows, lengths = np.empty_like(tasks), np.empty_like(tasks)
         for task in map(int, np.flatnonzero(counts)):
@@ -123,7 +123,7 @@ class Mixture:
         after = [int(count + drawn) for count, drawn in zip(counts, before, strict=True)]
         return [samples[start : start + self._batch_size] for start in starts], after
 
-    def _rows(self, task: int, first: int, count: int) -> _Ints:
+    def _rows(self, task: int, first: int, count: int) -> Ints:
         """Return the rows of a task's draws number `first` to `first + count - 1`, across epochs."""
         size, parts = len(self._lengths[task]), []
         while count:
@@ -133,30 +133,10 @@ class Mixture:
             first, count = first + len(part), count - len(part)
         return np.concatenate(parts)
 
-    def _epoch_order(self, task: int, epoch: int) -> _Ints:
+    def _epoch_order(self, task: int, epoch: int) -> Ints:
         if self._orders.get(task, (-1,))[0] != epoch:
             self._orders[task] = (epoch, self._random(_EPOCH, task, epoch).permutation(len(self._lengths[task])))
         return self._orders[task][1]
 
-    def _random(self, *counters: int) -> np.random.Generator:
-        return _generator(self._seed, *counters)
-
-
-def _generator(*entropy: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(entropy))))
-
-
-@cache
-def _stream() -> str:
-    """Return a digest of what this numpy draws from a fixed seed, by the same calls as the mixture.
-
-    numpy may change what a Generator draws from one version to the next (its NEP 19). The digest then changes too, and
-    a checkpoint that was taken under the other order is refused.
-    """
-    random = _generator(0)
-    draws = [
-        random.choice(5, size=64, p=[0.1, 0.3, 0.2, 0.15, 0.25]),
-        random.choice(5, size=3),
-        random.permutation(257),
-    ]
-    return hashlib.sha256(b"".join(draw.astype("<i8").tobytes() for draw in draws)).hexdigest()[:16]
+    def _random(self, *counters: int) -> RandomStream:
+        return RandomStream(self._seed, *counters)
