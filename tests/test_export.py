@@ -1,5 +1,7 @@
 """From a run to bundles: what they hold, and what is refused."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -8,10 +10,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 
 from hyperscale.checkpoint.store import find_checkpoint, load_checkpoint
@@ -21,8 +25,10 @@ from hyperscale.errors import BundleError
 from hyperscale.export.bundle import read_manifest
 from hyperscale.export.exporter import TrainedGenerator, export_bundles, restore_generator
 from hyperscale.export.peft_format import peft_limitation, require_peft_support
+from hyperscale.export.remote import put_bundle
 from hyperscale.export.replacement import recover_folder
 from hyperscale.launch.local import train_in_process
+from hyperscale.places import Place
 from tests import tiny
 from tests.runs import TASKS, make_recipe, write_tasks
 
@@ -165,6 +171,67 @@ def test_a_kill_while_a_bundle_is_replaced_loses_none(trained: TrainedGenerator,
         assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
         assert not bundle.with_name(".past.old").exists()
     assert ended == [-signal.SIGKILL] * 5 + [0]
+
+
+class Interrupted(MemoryFileSystem):
+    """Keeps its files in memory, and ends before its n-th change."""
+
+    protocol = "interrupted"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    cachable = False
+
+    def __init__(self, changes: int = -1) -> None:
+        super().__init__()
+        self.changes_left = changes
+
+    def _change(self) -> None:
+        self.changes_left -= 1
+        if self.changes_left == -1:
+            raise KeyboardInterrupt
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        self._change()
+        super().put_file(lpath, rpath, **options)
+
+    def rm_file(self, path: str) -> None:
+        self._change()
+        super().rm_file(path)
+
+
+def test_a_reader_of_an_object_store_sees_a_whole_bundle_or_none(trained: TrainedGenerator, tmp_path: Path):
+    """A copy may end before any of its changes. Then a bundle has no entry file, or every file of one export."""
+    tensor = next(iter(trained.generator.parameters()))
+    (old,) = export_bundles(trained, tmp_path / "old", ["past"]).values()
+    with torch.no_grad():
+        tensor.add_(1)
+    (new,) = export_bundles(trained, tmp_path / "new", ["past"]).values()
+    with torch.no_grad():
+        tensor.sub_(1)
+    (old / "stale.txt").write_text("of an earlier version")
+    contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (old, new)]
+    assert contents[0]["adapter_model.safetensors"] != contents[1]["adapter_model.safetensors"]
+
+    states = []
+    for changes in itertools.count():
+        Interrupted.store.clear()
+        put_bundle(old, Place(Interrupted(), "/bundles/past"))
+        place = Place(Interrupted(changes), "/bundles/past")
+        with contextlib.suppress(KeyboardInterrupt):
+            put_bundle(new, place)
+        present = {file.name: file.fs.cat_file(file.path) for file in place.children()}
+        states.append(present in contents)
+        assert states[-1] or "hyperscale.json" not in present
+        if "adapter_config.json" in present:
+            assert present["adapter_model.safetensors"] in (one["adapter_model.safetensors"] for one in contents)
+            assert present.keys() >= contents[1].keys() - {"hyperscale.json"}
+        put_bundle(new, Place(Interrupted(), "/bundles/past"))  # the next run completes it
+        assert {file.name: file.fs.cat_file(file.path) for file in place.children()} == contents[1]
+        if place.fs.changes_left >= 0:
+            break
+    assert states == [True, *[False] * (len(states) - 2), True]
+    unchanged = Interrupted(0)
+    put_bundle(new, Place(unchanged, "/bundles/past"))  # nothing is written again
 
 
 def test_native_bundles_name_what_peft_cannot_express(run: Recipe, trained: TrainedGenerator, tmp_path: Path):

@@ -28,6 +28,7 @@ from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.engine.step import TrainingStep
 from hyperscale.errors import EngineError
 from hyperscale.export.exporter import export_bundles, restore_generator
+from hyperscale.export.remote import put_bundle
 from hyperscale.logger import get_logger, set_up_logging
 from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
 from hyperscale.model.build import Blueprint
@@ -253,5 +254,5 @@ def _export(session: Session) -> dict[str, str]:
     with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
         written = export_bundles(trained, Path(scratch))
         for name, folder in written.items():
-            target.fs.put(str(folder), target.child(name).path, recursive=True)
+            put_bundle(folder, target.child(name))
     return {name: str(target.child(name)) for name in written}

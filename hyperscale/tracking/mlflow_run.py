@@ -5,6 +5,7 @@ import getpass
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from requests.exceptions import RequestException
 from hyperscale.config.secrets import with_quoted_credentials, without_credentials
 from hyperscale.config.tracking import MlflowSettings
 from hyperscale.errors import ConfigError
-from hyperscale.places import is_uri, open_place
+from hyperscale.places import Place, is_uri, open_place
 from hyperscale.tracking.metrics import Point, key_part
 from hyperscale.tracking.params import flatten
 from hyperscale.tracking.pusher import first_line
@@ -112,11 +113,20 @@ class MlflowRun:
             place = f"bundles/{key_part(task)}"
             self.tag(f"hyperscale.{place}", folder)
             bundle = open_place(folder)
-            if artifacts and bundle.is_local and bundle.exists() and place not in present:
-                self._client.log_artifacts(run_id, folder, place)
+            if artifacts and bundle.exists() and place not in present:
+                self._add_folder(bundle, place)
         status = _STATUS[outcome.status]
         if self._client.get_run(run_id).info.status != status:
             self._client.set_terminated(run_id, status)
+
+    def _add_folder(self, folder: Place, place: str) -> None:
+        if folder.is_local:
+            self._client.log_artifacts(self.reference.run_id, str(folder), place)
+            return
+        with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
+            for file in folder.children():
+                folder.fs.get_file(file.path, str(Path(scratch) / file.name))
+            self._client.log_artifacts(self.reference.run_id, scratch, place)
 
     def _logged_steps(self, key: str) -> set[int]:
         if key not in self._logged:
