@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from mlflow import MlflowClient
 
 from hyperscale.config.tracking import TrackingSettings
 from hyperscale.errors import ConfigError, RunFolderError
+from hyperscale.places import open_place
 from hyperscale.tracking.trackers import record_end, track
 from hyperscale.training.callbacks import CheckpointRecord, RunOutcome
 from tests.mlflow_server import free_port, kill_group, mlflow_server
@@ -152,15 +154,19 @@ def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path: Path) -> None:
     resumed.call("on_evaluation", make_evaluation(5))
     while before.read().info.status != "RUNNING":
         time.sleep(0.05)
-    resumed.end(RunOutcome("finished", 6, 3.0, bundles={"sst2": str(bundle)}))
+    remote = open_place(f"memory://{uuid4().hex}/bundles/trec")
+    remote.fs.pipe_file(remote.child("adapter_config.json").path, b"far")
+    resumed.end(RunOutcome("finished", 6, 3.0, bundles={"sst2": str(bundle), "trec": str(remote)}))
     assert run_id_of(resumed) == before.run_id
     run, client = before.read(), before.client
     assert run.info.status == "FINISHED"
     assert (run.data.params["training.steps"], run.data.params["seed"]) == ("100", "7")
     assert "training.steps=200" in run.data.tags["hyperscale.changed_at_step_3"]
     assert {step for step, _ in history(client, run.info.run_id, "train/loss")} == set(range(1, 7))
-    files = [file.path for file in client.list_artifacts(run.info.run_id, "bundles/sst2")]
-    assert files == ["bundles/sst2/adapter_config.json"]
+    for task, content in (("sst2", "{}"), ("trec", "far")):
+        file = f"bundles/{task}/adapter_config.json"
+        assert [artifact.path for artifact in client.list_artifacts(run.info.run_id, f"bundles/{task}")] == [file]
+        assert Path(client.download_artifacts(run.info.run_id, file, str(tmp_path))).read_text() == content
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 import hyperscale
 from hyperscale.config.plugins import import_object
+from hyperscale.config.secrets import without_credentials
 from hyperscale.config.tracking import TRACKER_SETTINGS, MlflowSettings, TrackingSettings
 from hyperscale.errors import ConfigError, RunFolderError
 from hyperscale.run.context import read_result
@@ -54,6 +55,18 @@ def test_a_uri_takes_its_password_from_the_environment(monkeypatch: pytest.Monke
         tracking_uri(settings, "/runs")
     monkeypatch.setenv("TRACKING_WORD", "hunter2")
     assert tracking_uri(settings, "/runs") == "postgresql://me:hunter2@db/mlflow"
+
+
+def test_a_uri_of_a_run_folder_gets_its_password_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders hold `***`: `track` after an outage, or a resumed run, could not log in with it."""
+    whole = "postgresql://me:p@ss/w0rd@db/mlflow"
+    masked = MlflowSettings(uri=without_credentials(whole))
+    assert masked.uri == "postgresql://***@db/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
+    assert tracking_uri(masked, "/runs") == "postgresql://me:p%40ss%2Fw0rd@db/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:p@ss/w0rd@other/mlflow")
+    with pytest.raises(ConfigError, match=r"run folders hold no passwords, so postgresql://\*\*\*@db/mlflow lacks its"):
+        tracking_uri(masked, "/runs")
 
 
 def test_parameters_are_flat() -> None:
