@@ -188,6 +188,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "--folder", action="append", default=[], help="also look in this folder of task files; may be repeated"
     )
 
+    models = verb("models", commands.models, "list the families of backbones, and what each supports")
+    form = models.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the table as this project's documents have it")
+
     validate = verb("validate", commands.validate, "check a recipe, its backbone and its data")
     _add_recipe(validate)
     validate.add_argument("--show", action="store_true", help="print the resolved recipe, and nothing else")

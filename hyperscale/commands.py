@@ -171,6 +171,18 @@ def tasks(options: argparse.Namespace) -> int:
     return 0
 
 
+def models(options: argparse.Namespace) -> int:
+    """List the families of backbones, and what each supports."""
+    from hyperscale.run.models import list_families, render_json, render_markdown, render_text
+
+    families = list_families()
+    if options.json:
+        print(render_json(families))
+    else:
+        print("\n".join((render_markdown if options.markdown else render_text)(families)))
+    return 0
+
+
 def validate(options: argparse.Namespace) -> int:
     """Check a recipe, its backbone and its data."""
     recipe = load_recipe(options.recipe, options.overrides)

@@ -50,6 +50,16 @@ def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None
     return None
 
 
+def vllm_limitation(site_map: SiteMap, architecture: Architecture) -> str | None:
+    """Return why vLLM cannot serve the bundles of a map, or None if it can: LoRA on a decoder-only family."""
+    kinds = list(dict.fromkeys(site.kind for site in site_map.sites))
+    if kinds != ["lora"]:
+        return f"{' and '.join(kinds)} adapters: vLLM loads LoRA only"
+    if architecture.is_encoder_decoder:
+        return "lora adapters of an encoder-decoder: vLLM serves decoder-only families"
+    return None
+
+
 def require_peft_support(site_map: SiteMap, architecture: Architecture) -> None:
     """Raise `BundleError`, naming what PEFT cannot express, unless a PEFT folder can hold all of a map."""
     reason = peft_limitation(site_map, architecture)

@@ -105,9 +105,23 @@ def find_sites(backbone: nn.Module, architecture: Architecture, kinds: Sequence[
     return SiteMap(tuple(sites))
 
 
+def table_sites(architecture: Architecture, kinds: Sequence[AdapterKind]) -> SiteMap:
+    """List the sites of one block of each stack by the family's row alone. Without a backbone their sizes are 0."""
+    return SiteMap(
+        tuple(
+            Site(f"{stack.blocks}.0.{path}", stack.name, 0, target, kind.name, 0, 0)
+            for stack in architecture.stacks
+            for kind in kinds
+            for target in _targets(stack, kind)
+            for path in [_paths(stack, kind.acts_on(target)).get(target)]
+            if path is not None
+        )
+    )
+
+
 _FINAL = "final"
 """The norm that belongs to no block."""
-_CHOSEN: tuple[Place, ...] = ("projections", "sublayers", "inputs")
+CHOSEN: tuple[Place, ...] = ("projections", "sublayers", "inputs")
 """Places whose targets a recipe names. A target that is missing from the backbone is therefore an error."""
 
 
@@ -194,7 +208,7 @@ def is_norm(module: nn.Module) -> bool:
 def _check_targets(sites: Sequence[Site], kind: AdapterKind, architecture: Architecture) -> None:
     used = {site.position for site in sites if site.kind == kind.name}
     named = [target for target in kind.targets if target != ALL]
-    missing = [target for target in named if target not in used and kind.acts_on(target) in _CHOSEN]
+    missing = [target for target in named if target not in used and kind.acts_on(target) in CHOSEN]
     if missing:
         place = kind.acts_on(missing[0])
         known = list(dict.fromkeys(name for stack in architecture.stacks for name in _paths(stack, place)))
