@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hyperscale.config.adaptation import LoraSettings as LoraSettings
     from hyperscale.config.extensions import register_adapter_kind as register_adapter_kind
     from hyperscale.config.extensions import register_generator as register_generator
+    from hyperscale.data.metric_table import register_metric as register_metric
     from hyperscale.errors import HyperscaleError as HyperscaleError
     from hyperscale.model.architectures import register_family as register_family
 
@@ -38,6 +39,7 @@ _PUBLIC = {
     "register_adapter_kind": "hyperscale.config.extensions",
     "register_generator": "hyperscale.config.extensions",
     "register_family": "hyperscale.model.architectures",
+    "register_metric": "hyperscale.data.metric_table",
 }
 """Public name -> the module that defines it, imported at first use: torch is slow to load."""
 
@@ -57,6 +59,7 @@ __all__ = [
     "register_adapter_kind",
     "register_family",
     "register_generator",
+    "register_metric",
     "train",
 ]
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from hyperscale.config.data import DataSettings
 from hyperscale.data import tokenization
 from hyperscale.data.examples import Example
+from hyperscale.data.shortening import shorten
 from hyperscale.data.tasks import Task
-from hyperscale.data.tokenization import Encoded, EncodedRows, TaskTokenizer, shorten
+from hyperscale.data.tokenization import Encoded, EncodedRows, TaskTokenizer
 from hyperscale.errors import BackboneError, DataError
 
 TEXTS = [

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from hyperscale.data.metrics import compute, f1_counts
-from hyperscale.data.tasks import MetricName
+from hyperscale.data.text_metrics import ROW_METRICS, row_scores
 
 Scores = NDArray[np.float64]
 
@@ -15,7 +15,7 @@ _MEANS = ("accuracy", "exact_match")
 
 
 def resampled_scores(
-    metric: MetricName,
+    metric: str,
     references: Sequence[str],
     predictions: Sequence[Sequence[str]],
     rows: NDArray[np.int64],
@@ -37,6 +37,10 @@ def resampled_scores(
         expected = np.array([text.strip() for text in references])
         hits = np.stack([np.array([text.strip() for text in run]) == expected for run in predictions])
         return np.stack([100.0 * hits[:, drawn].mean(axis=1) for drawn in rows], axis=1)
+    if metric in ROW_METRICS:
+        texts = [text.strip() for text in references]
+        scores = [row_scores(metric, [text.strip() for text in run], texts) for run in predictions]
+        return np.stack([np.stack(scores)[:, drawn].mean(axis=1) for drawn in rows], axis=1)
     if metric == "f1" or metric == "span_f1":
         counts = np.stack([f1_counts(metric, run, references, positive) for run in predictions])
         sums = np.stack([counts[:, drawn].sum(axis=1) for drawn in rows], axis=1)

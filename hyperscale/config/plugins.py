@@ -10,6 +10,7 @@ packaged names never imports a plug-in.
 | `hyperscale.generators` | `register_generator` |
 | `hyperscale.families` | `register_family` |
 | `hyperscale.trackers` | `register_tracker` |
+| `hyperscale.metrics` | `register_metric` |
 """
 
 import importlib

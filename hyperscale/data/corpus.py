@@ -11,6 +11,7 @@ from hyperscale.data.collate import Layout
 from hyperscale.data.origins import Split
 from hyperscale.data.sources import TaskData, load_task_data, without_training_texts
 from hyperscale.data.tasks import Task, load_task
+from hyperscale.data.text_metrics import check_available
 from hyperscale.data.tokenization import EncodedSplit, TaskTokenizer
 from hyperscale.errors import DataError
 
@@ -76,6 +77,8 @@ def load_corpus(
     tasks = [load_task(name, settings.task_folders).written_for(is_encoder_decoder) for name in settings.tasks]
     _check_unique_names(tasks)
     _check_allowed_pairs(tasks)
+    for name in dict.fromkeys(name for task in tasks for name in task.metrics):
+        check_available(name)
     loaded = _without_shared_texts(
         [load_task_data(task, settings.train_limit, settings.validation_limit, settings.test_limit) for task in tasks]
     )

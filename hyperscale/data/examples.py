@@ -8,6 +8,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
 from hyperscale.data import templates
+from hyperscale.data.conversations import Conversation, check_answered, read_conversation
 from hyperscale.data.rows import Row
 from hyperscale.data.tagging import WRITINGS, Tagging, Writing, read_tags, read_words
 from hyperscale.data.tasks import Task
@@ -27,6 +28,8 @@ class Example:
     content: bytes = field(default=b"", compare=False)
     """Digest of the letters and digits in the prompt's columns, in any order of columns. It is equal for two tasks
     that ask about the same texts, whatever their templates."""
+    conversation: Conversation | None = None
+    """The messages of a row of conversations. `source` is then what is before the last turn, as `role: text`."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,21 @@ class Renderer:
     candidates: tuple[str, ...]
 
     def prompt(self, row: Row) -> str:
-        """Return the prompt of a row. The row needs no answer.
+        """Return the prompt of a row. The row needs no answer. A conversation's prompt is `conversation(row).prompt`.
 
         Raises:
             DataError: a column is missing or holds no text.
         """
         return self.input.render(self._prompt_texts(row))
+
+    def conversation(self, row: Row) -> Conversation | None:
+        """Return the conversation of a row, whose last turn may be anyone's; None for a task of another kind.
+
+        Raises:
+            DataError: the row holds no conversation, or one of its messages is malformed.
+        """
+        settings = self.task.conversation
+        return None if settings is None else read_conversation(row, settings, self.task.name, self.task.system)
 
     def read_answer(self, row: Row, answer: str) -> str:
         """Return a generated answer as its task reads it: for sequence labelling, the BIO tags of the row's words."""
@@ -57,8 +69,11 @@ class Renderer:
 
         Raises:
             DataError: a column is missing or holds no text, the label is unknown, the answer is empty or not a number,
-                or words and tags do not match.
+                words and tags do not match, or a conversation is malformed or does not end with the assistant.
         """
+        conversation = self.conversation(row)
+        if conversation is not None:
+            return _example_of(conversation, self.task.name)
         target = self._target(row)
         if not target.strip():
             raise DataError(f"{row.where}: the answer of task '{self.task.name}' is empty")
@@ -115,6 +130,12 @@ class Renderer:
         if self._tagging.format is None:
             raise ValueError("tagging has no format; call task.written_for first")
         return WRITINGS[self._tagging.format]
+
+
+def _example_of(conversation: Conversation, task: str) -> Example:
+    check_answered(conversation, task)
+    before = str(conversation.prompt)
+    return Example(before, conversation.answer, (), _content([before]), conversation)
 
 
 def renderer(task: Task) -> Renderer:

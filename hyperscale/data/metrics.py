@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,9 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from hyperscale.data import templates
 from hyperscale.data.examples import Example
+from hyperscale.data.metric_table import F1, Metric, metric
 from hyperscale.data.tagging import WRITINGS
-from hyperscale.data.tasks import MetricName, Task
+from hyperscale.data.tasks import Task
 from hyperscale.errors import DataError
 
 Span = tuple[str, int, int]
@@ -34,10 +34,7 @@ def compute(
         raise ValueError(f"{len(predicted)} predictions for {len(expected)} references")
     scores = {}
     for name in names:
-        if name == "f1":
-            scores[name] = 100 * _f1(predicted, expected, positive)
-        else:
-            scores[name] = 100 * METRICS[name](predicted, expected)
+        scores[name] = f1(predicted, expected, positive) if name == F1 else float(metric(name)(predicted, expected))
     return scores
 
 
@@ -69,9 +66,9 @@ def positive_answer(task: Task) -> str | None:
 
 
 def f1_counts(
-    metric: Literal["f1", "span_f1"], predictions: Sequence[str], references: Sequence[str], positive: str | None = None
+    metric: str, predictions: Sequence[str], references: Sequence[str], positive: str | None = None
 ) -> NDArray[np.int64]:
-    """Return the counts from which the F1 of any choice of rows follows, as `compute` counts them.
+    """Return the counts from which `f1` or `span_f1` of any choice of rows follows, as `compute` counts them.
 
     Returns:
         [N, 3]: right answers (for `span_f1` spans), given ones, and ones of the references, row by row.
@@ -98,26 +95,34 @@ def majority_score(task: Task, train: Sequence[Example], evaluation: Sequence[Ex
     return score(task, [answer] * len(evaluation), [example.target for example in evaluation])
 
 
-def _matches(predictions: Sequence[str], references: Sequence[str]) -> float:
-    return float(np.mean([predicted == expected for predicted, expected in zip(predictions, references, strict=True)]))
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return how many answers are equal to their references, in percent."""
+    hits = [predicted == expected for predicted, expected in zip(predictions, references, strict=True)]
+    return 100 * float(np.mean(hits))
 
 
-def _f1(predictions: Sequence[str], references: Sequence[str], positive: str | None) -> float:
+accuracy = exact_match
+
+
+def f1(predictions: Sequence[str], references: Sequence[str], positive: str | None = None) -> float:
+    """Return the F1 of the answer `positive`, in percent."""
     if positive is None:
         raise ValueError("f1 needs the positive answer")
     hits = [[text == positive for text in texts] for texts in (references, predictions)]
-    return float(f1_score(*hits, zero_division=0))
+    return 100 * float(f1_score(*hits, zero_division=0))
 
 
-def _macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    return float(f1_score(references, predictions, average="macro", zero_division=0))
+def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return the mean of all answers' F1, in percent."""
+    return 100 * float(f1_score(references, predictions, average="macro", zero_division=0))
 
 
-def _mcc(predictions: Sequence[str], references: Sequence[str]) -> float:
-    return float(matthews_corrcoef(references, predictions))
+def mcc(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return Matthews' correlation, times 100."""
+    return 100 * float(matthews_corrcoef(references, predictions))
 
 
-def _correlation(measure: Callable[..., tuple[float, float]]) -> Callable[[Sequence[str], Sequence[str]], float]:
+def _correlation(measure: Callable[..., tuple[float, float]]) -> Metric:
     def correlate(predictions: Sequence[str], references: Sequence[str]) -> float:
         expected = np.array([_number(text) for text in references])
         if np.isnan(expected).any():
@@ -128,9 +133,13 @@ def _correlation(measure: Callable[..., tuple[float, float]]) -> Callable[[Seque
         predicted = np.where(np.isnan(predicted), expected.mean(), predicted)
         if np.ptp(predicted) == 0 or np.ptp(expected) == 0:
             return 0.0
-        return float(measure(predicted, expected)[0])
+        return 100 * float(measure(predicted, expected)[0])
 
     return correlate
+
+
+pearson = _correlation(stats.pearsonr)
+spearman = _correlation(stats.spearmanr)
 
 
 def _number(text: str) -> float:
@@ -141,14 +150,17 @@ def _number(text: str) -> float:
     return value if np.isfinite(value) else float("nan")
 
 
-def _span_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Return the micro F1 of whole spans in strict BIO (IOB2): an answer is one tag for each tag of its reference."""
+def span_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return the micro F1 of whole spans in strict BIO (IOB2), in percent.
+
+    An answer is one tag for each tag of its reference.
+    """
     given, true = _span_sets(predictions, references)
     right = sum(len(one & other) for one, other in zip(given, true, strict=True))
     if not right:
         return 0.0
     precision, recall = right / sum(map(len, given)), right / sum(map(len, true))
-    return 2 * precision * recall / (precision + recall)
+    return 100 * 2 * precision * recall / (precision + recall)
 
 
 def _span_sets(predictions: Sequence[str], references: Sequence[str]) -> tuple[list[set[Span]], list[set[Span]]]:
@@ -173,14 +185,3 @@ def _spans(tags: Sequence[str]) -> set[Span]:
 def _tags(text: str, count: int) -> list[str]:
     tags = [tag if _TAG.fullmatch(tag) else "O" for tag in text.split()]
     return (tags + ["O"] * count)[:count]
-
-
-METRICS: Mapping[MetricName | str, Callable[[Sequence[str], Sequence[str]], float]] = {
-    "accuracy": _matches,
-    "exact_match": _matches,
-    "macro_f1": _macro_f1,
-    "mcc": _mcc,
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
-    "span_f1": _span_f1,
-}

@@ -3,29 +3,33 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.config.yaml_file import read_file, read_mapping
 from hyperscale.data import templates
+from hyperscale.data.conversations import ConversationSettings
+from hyperscale.data.metric_table import check_metric
 from hyperscale.data.origins import Source, located
 from hyperscale.data.tagging import Tagging
 from hyperscale.errors import DataError, nearest
 
-MetricName = Literal["accuracy", "exact_match", "f1", "macro_f1", "mcc", "pearson", "spearman", "span_f1"]
+MetricName = Annotated[str, AfterValidator(check_metric)]
 _LABEL_METRICS = {"accuracy", "f1", "macro_f1", "mcc"}
 _NUMBER_METRICS = {"pearson", "spearman"}
 _TAGGING_TOKENS = 256
 """Enough for a tag and its marker for each word of a long sentence."""
+_TURN_TOKENS = 256
+_CONVERSATION_TEMPLATE = "{messages}"
 _PACKAGED = Path(__file__).parent / "tasks"
 
 
 class Task(Section):
     """One task: a classification if it has a `label_column` (its candidate answers are scored), sequence labelling if
-    it has `tagging`, else free text.
+    it has `tagging`, conversations if it has `conversation`, else free text.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -45,15 +49,20 @@ class Task(Section):
     tagging: Tagging | None = None
     """Makes the task sequence labelling. In `input`, the column of the words stands for the whole written sentence,
     and by default `input` is that column alone."""
+    conversation: ConversationSettings | None = None
+    """Makes each row a conversation: `conversation: true`, or its columns. `input` and `target` are left out. Every
+    assistant turn is trained; the last one is the answer that is scored."""
     round_to: float | None = Field(default=None, gt=0)
     """The answer is a number and is written as the nearest multiple of this: 0.2 for STS-B, as in T5."""
     metrics: tuple[MetricName, ...] = Field(min_length=1)
-    """The first is the main one; by default accuracy for a classification, else exact_match."""
+    """The first is the main one; by default accuracy for a classification, span_f1 for tagging, token_f1 for
+    conversations, else exact_match."""
     chat: bool = False
     """Put the prompt through the tokenizer's chat template."""
     system: str | None = None
+    """The system message of a chat; of conversations that have none."""
     max_new_tokens: int = Field(default=32, ge=1)
-    """Largest length of a generated answer; by default 32, and 256 for tagging."""
+    """Largest length of a generated answer; by default 32, and 256 for tagging and conversations."""
     not_with: tuple[str, ...] = ()
     """Names of tasks that must not be in one run with this one, for example because one contains the other's
     validation rows. The description gives the reason."""
@@ -65,6 +74,11 @@ class Task(Section):
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
         return _with_defaults(data) if isinstance(data, dict) else data
+
+    @field_validator("conversation", mode="before")
+    @classmethod
+    def _conversation_columns(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
     @field_validator("input", "target")
     @classmethod
@@ -99,10 +113,12 @@ class Task(Section):
             problems.append("metric f1 needs positive_label, the word whose F1 it reports; or use macro_f1")
         if self.tagging is not None:
             problems += _tagging_problems(self)
+        if self.conversation is not None:
+            problems += _conversation_problems(self)
         if self.round_to is not None and (self.label_column is not None or self.tagging is not None):
             problems.append("round_to is for answers that are numbers, not for labels or tagging")
-        if self.system is not None and not self.chat:
-            problems.append("system is only used with chat: true")
+        if self.system is not None and not self.chat and self.conversation is None:
+            problems.append("system is only used with chat: true or conversation")
         if len(set(self.metrics)) != len(self.metrics):
             problems.append("metrics lists a name more than once")
         if problems:
@@ -110,12 +126,14 @@ class Task(Section):
         return self
 
     @property
-    def kind(self) -> Literal["classification", "tagging", "number", "text"]:
+    def kind(self) -> Literal["classification", "tagging", "conversation", "number", "text"]:
         """The kind of its answers."""
         if self.label_column is not None:
             return "classification"
         if self.tagging is not None:
             return "tagging"
+        if self.conversation is not None:
+            return "conversation"
         return "number" if self.round_to is not None or self.metrics[0] in _NUMBER_METRICS else "text"
 
     def written_for(self, is_encoder_decoder: bool) -> Self:
@@ -138,6 +156,15 @@ def _tagging_problems(task: Task) -> list[str]:
     return problems
 
 
+def _conversation_problems(task: Task) -> list[str]:
+    problems = []
+    if task.label_column is not None or task.tagging is not None or task.round_to is not None:
+        problems.append("conversation excludes labels, tagging and round_to")
+    if {task.input, task.target} != {_CONVERSATION_TEMPLATE}:
+        problems.append("conversation takes its texts from the messages; leave input and target out")
+    return problems
+
+
 def _with_defaults(data: dict[Any, Any]) -> dict[Any, Any]:
     """Add the defaults that follow from the written keys; a key with a value keeps it."""
     metrics = data.get("metrics")
@@ -145,6 +172,7 @@ def _with_defaults(data: dict[Any, Any]) -> dict[Any, Any]:
     defaults = {
         "metrics": ["exact_match"],
         **_tagging_defaults(written.get("tagging")),
+        **_conversation_defaults(written.get("conversation")),
         **_classification_defaults(written),
     }
     return {**written, **{key: value for key, value in defaults.items() if written.get(key) is None}}
@@ -160,6 +188,13 @@ def _tagging_defaults(tagging: Any) -> dict[str, Any]:
         "metrics": ["span_f1"],
         "max_new_tokens": _TAGGING_TOKENS,
     }
+
+
+def _conversation_defaults(conversation: Any) -> dict[str, Any]:
+    if conversation is None or conversation is False:
+        return {}
+    templates_of_texts = dict.fromkeys(("input", "target"), _CONVERSATION_TEMPLATE)
+    return {**templates_of_texts, "metrics": ["token_f1"], "max_new_tokens": _TURN_TOKENS}
 
 
 def _classification_defaults(data: dict[Any, Any]) -> dict[str, Any]:

@@ -8,15 +8,20 @@ space themselves (SentencePiece) get none from us, and neither do answers after 
 
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import permutations
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import permutations, takewhile
 from typing import cast, overload
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from hyperscale.config.data import DataSettings
+from hyperscale.data.chat_encoding import ConversationEncoder
+from hyperscale.data.chat_template import ChatTemplate, Span
+from hyperscale.data.conversations import Conversation
 from hyperscale.data.examples import Example
+from hyperscale.data.shortening import shorten
 from hyperscale.data.tagging import last_sentinel
 from hyperscale.data.tasks import Task
 from hyperscale.errors import BackboneError, DataError
@@ -25,8 +30,9 @@ from hyperscale.logger import get_logger
 _logger = get_logger(__name__)
 
 TokenIds = tuple[int, ...]
-Span = tuple[int, int]
-"""First position, and the one after the last."""
+
+_END_OF_REASONING = "</think>"
+"""Ends the reasoning of Qwen3, SmolLM3, DeepSeek R1 and others."""
 
 _CHUNK = 10_000
 """Rows that are encoded at once. Meanwhile their ids are lists of Python integers, which take far more than arrays."""
@@ -129,7 +135,7 @@ class TaskTokenizer:
             chunk = examples[first : first + _CHUNK]
             for example, one in zip(chunk, self.encode_examples(chunk, settings), strict=True):
                 if one is not None:
-                    kept.append(example)
+                    kept.append(self._scored(example, one))
                     encoded.append(one)
                     num_shortened += one.shortened
         self._warn_of_answers_that_end_early(encoded)
@@ -160,8 +166,11 @@ class TaskTokenizer:
         thousands of examples are faster than calls of one.
 
         Raises:
-            DataError: an example is too long under `too_long: error`, or two labels have the same tokens.
+            DataError: an example is too long under `too_long: error`, two labels have the same tokens, or the chat
+                template refuses a conversation.
         """
+        if self.task.conversation is not None:
+            return self._encode_conversations(examples, settings)
         answers = list(dict.fromkeys(example.target for example in examples))
         target_ids = dict(zip(answers, self.encode_answers(answers), strict=True))
         labels = list(dict.fromkeys(example.candidates for example in examples))
@@ -182,7 +191,7 @@ class TaskTokenizer:
             DataError: the task asks for a chat template and the tokenizer has none, or its template refuses the prompt.
         """
         eos = self._eos()
-        if self.task.chat:
+        if self.task.chat or self.task.conversation is not None:
             return self._ids([self._in_chat(prompt) for prompt in prompts], special=False)
         if self.is_encoder_decoder:
             return [ids if ids[-1:] == (eos,) else (*ids, eos) for ids in self._ids(prompts, special=True)]
@@ -190,9 +199,21 @@ class TaskTokenizer:
         encoded = self._ids([prompt.rstrip(" ") for prompt in prompts], special=True)
         return [ids[:-1] if ids[-1:] == (eos,) else ids for ids in encoded]
 
+    def encode_conversation(self, conversation: Conversation, most: int, may_shorten: bool) -> TokenIds | None:
+        """Encode a conversation before its last assistant turn, as training and generation see it.
+
+        Args:
+            most: the largest number of tokens.
+            may_shorten: leave out the oldest exchanges of a longer one, then tokens from its middle.
+
+        Returns:
+            None for a longer one that may not be shortened.
+        """
+        return self._conversations().encode_prompt(conversation, most, may_shorten)
+
     def encode_answers(self, answers: Sequence[str]) -> list[TokenIds]:
-        """Encode answers, each closed by eos."""
-        eos = self._eos()
+        """Encode answers, each closed by eos, or in a chat by the token that closes the template's turns."""
+        eos = self.stop_ids[-1]
         space = self._space()
         return [(*ids, eos) for ids in self._ids([_led_by(space, answer) for answer in answers], special=False)]
 
@@ -215,15 +236,29 @@ class TaskTokenizer:
         return tuple(closed if nested else opened)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return a generated answer as text: up to the first eos, without special tokens and outer spaces.
+        """Return a generated answer as text: up to the first stop token, without special tokens and outer spaces.
 
-        Answers of sequence labelling keep their sentinels, which are special tokens of T5.
+        Answers of sequence labelling keep their sentinels, which are special tokens of T5. A turn of a conversation
+        loses its reasoning: what is before the last `</think>`.
         """
-        eos, ids = self._eos(), list(token_ids)
-        answer = ids[: ids.index(eos)] if eos in ids else ids
+        stops = set(self.stop_ids)
+        answer = list(takewhile(lambda one: one not in stops, token_ids))
+        if self.task.conversation is not None:
+            answer = _after_last(answer, self.tokenizer.convert_tokens_to_ids(_END_OF_REASONING))
         skip = self.task.tagging is None
         text = self.tokenizer.decode(answer, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        if self.task.conversation is not None:
+            text = cast(str, text).rpartition(_END_OF_REASONING)[2]
         return cast(str, text).strip()
+
+    @cached_property
+    def stop_ids(self) -> TokenIds:
+        """The tokens that end an answer: eos, and in a chat the token that closes the template's last turn."""
+        eos = self._eos()
+        if self.is_encoder_decoder or not (self.task.chat or self.task.conversation is not None):
+            return (eos,)
+        closing = self._template.closing.token_id
+        return (eos,) if closing is None or closing == eos else (eos, closing)
 
     def lacks_sentinels(self, prompt: str) -> bool:
         """Whether a sentence of sequence labelling has more words than the vocabulary has sentinels for.
@@ -238,6 +273,32 @@ class TaskTokenizer:
             return []
         batch = self.tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
         return [tuple(ids) for ids in batch["input_ids"]]
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self.task.name)
+
+    def _conversations(self) -> ConversationEncoder:
+        if self.is_encoder_decoder:
+            raise DataError(
+                f"task '{self.task.name}' holds conversations, which need a decoder-only backbone; an encoder-decoder "
+                "has no chat template. Write input and target templates instead, or choose another backbone"
+            )
+        return ConversationEncoder(self._template, self._eos())
+
+    def _encode_conversations(self, examples: Sequence[Example], settings: DataSettings) -> list[Encoded | None]:
+        conversations = [cast(Conversation, example.conversation) for example in examples]
+        return [
+            None if one is None else Encoded(one.source_ids, one.target_ids, (), one.spans, one.shortened)
+            for one in self._conversations().encode(conversations, settings)
+        ]
+
+    def _scored(self, example: Example, encoded: Encoded) -> Example:
+        """Return an example with the reference of its answer: a tool call is written as the template writes it."""
+        conversation = example.conversation
+        if conversation is None or "tool_calls" not in conversation.messages[-1]:
+            return example
+        return replace(example, target=self.decode(encoded.target_ids))
 
     def _in_chat(self, prompt: str) -> str:
         system = [{"role": "system", "content": self.task.system}] if self.task.system is not None else []
@@ -254,7 +315,7 @@ class TaskTokenizer:
             ) from error
 
     def _space(self) -> str:
-        if self.task.chat or self.is_encoder_decoder:
+        if self.task.chat or self.task.conversation is not None or self.is_encoder_decoder:
             return ""
         first = self.tokenizer.convert_ids_to_tokens(list(self._ids(["a"], special=False)[0]))[0]
         return "" if first.startswith(("▁", "Ġ")) else " "
@@ -298,12 +359,9 @@ class TaskTokenizer:
         return None
 
 
-def shorten(ids: TokenIds, most: int) -> TokenIds:
-    """Take tokens out of the middle: instructions, chat headers, bos and eos stand at the ends."""
-    if len(ids) <= most:
-        return ids
-    head = most // 2
-    return ids[:head] + ids[len(ids) - (most - head) :]
+def _after_last(ids: list[int], token: int | list[int]) -> list[int]:
+    place = next((place for place in reversed(range(len(ids))) if ids[place] == token), -1)
+    return ids[place + 1 :]
 
 
 def _led_by(space: str, answer: str) -> str:

@@ -108,4 +108,5 @@ class Answerer:
         return Share(self.collective.rank, self.collective.world_size, self.layout)
 
     def _stop_ids(self) -> Tensor:
-        return torch.tensor([self.tokenizers[0].tokenizer.eos_token_id], device=self.device)
+        stops = {token: None for tokenizer in self.tokenizers for token in tokenizer.stop_ids}
+        return torch.tensor(list(stops), device=self.device)

@@ -10,10 +10,11 @@ import torch
 
 from hyperscale.data.collate import Layout
 from hyperscale.data.corpus import pad_token_id
-from hyperscale.data.examples import renderer
+from hyperscale.data.examples import Renderer, renderer
 from hyperscale.data.rows import Row, read_rows
+from hyperscale.data.shortening import shorten
 from hyperscale.data.tasks import Task
-from hyperscale.data.tokenization import Encoded, TaskTokenizer, TokenIds, shorten
+from hyperscale.data.tokenization import Encoded, TaskTokenizer, TokenIds
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.errors import DataError
 from hyperscale.export.bundle import BundleManifest
@@ -66,7 +67,7 @@ def answer_rows(bundles: LoadedBundles, rows: Sequence[Row], batch_size: int) ->
     questions = []
     for row in rows:
         task = _task_of(row, bundles.tasks)
-        source = _encode(renderers[task].prompt(row), row.where, tokenizers[task], bundles.manifests[task])
+        source = _encode_row(row, renderers[task], tokenizers[task], bundles.manifests[task])
         questions.append(Question(task, Encoded(source, (), candidate_ids[task]), renderers[task].candidates))
     return [
         renderers[question.task].read_answer(row, answer)
@@ -126,6 +127,20 @@ def _task_of(row: Row, names: Sequence[str]) -> int:
             f"{row.where}: several bundles are loaded, so each row's 'task' must be one of {', '.join(names)}"
         )
     return names.index(row.values["task"])
+
+
+def _encode_row(row: Row, render: Renderer, tokenizer: TaskTokenizer, manifest: BundleManifest) -> TokenIds:
+    conversation = render.conversation(row)
+    if conversation is None:
+        return _encode(render.prompt(row), row.where, tokenizer, manifest)
+    may_shorten = manifest.too_long == "truncate_source"
+    source = tokenizer.encode_conversation(conversation, manifest.max_source_tokens, may_shorten)
+    if source is None:
+        raise DataError(
+            f"{row.where}: the conversation has more than the {manifest.max_source_tokens} tokens that task "
+            f"'{manifest.task.name}' was trained with; leave out its oldest turns"
+        )
+    return source
 
 
 def _encode(prompt: str, where: str, tokenizer: TaskTokenizer, manifest: BundleManifest) -> TokenIds:
