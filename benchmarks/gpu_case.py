@@ -181,7 +181,7 @@ def run_step(case: dict[str, Any], scratch: Path, device: torch.device) -> dict[
         figures["generation_share"] = _generation_seconds(engine, tasks, device) / seconds
         recipe = recipe_of(case, backbone, device)
         kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-        plan = plan_memory(describe_run(recipe, folder), read_sharding(recipe, 1, kind), frozenset(), kind)
+        plan = plan_memory(describe_run(recipe, folder), read_sharding(recipe.engine, 1, kind), frozenset(), kind)
         figures["planned_gib"] = plan.total / 2**30
     return figures
 

@@ -85,7 +85,9 @@ def load(way: str, folder: str) -> None:
     if way == "ours":
         opened = open_backbone(recipe.backbone)
         with _measured(figures):
-            module, _ = shard_backbone(opened, recipe, torch.device("cpu"), ranks)
+            module, _ = shard_backbone(
+                opened, recipe.backbone, recipe.engine, recipe.training, torch.device("cpu"), ranks
+            )
     else:
         from transformers.integrations import HfDeepSpeedConfig  # noqa: PLC0415
 

@@ -157,7 +157,7 @@ def measure(case: Case, backbone: Path) -> dict[str, Any]:
         "held_backbone": held_elements(engine.model.backbone) * DTYPES[case.dtype].itemsize,
     }
     workload = describe_run(recipe, folder)
-    plan = plan_memory(workload, read_sharding(recipe, RANKS, "cpu"), engine.resident, "cpu")
+    plan = plan_memory(workload, read_sharding(recipe.engine, RANKS, "cpu"), engine.resident, "cpu")
     offloaded = sum(plan.host.values())
     return measured | {"predicted": plan.total + offloaded, "moment": plan.moment, "items": dict(plan.items)}
 

@@ -90,7 +90,7 @@ def _rows(name: str, backbone: Path) -> list[str]:
         sharding = Sharding(gpus)
         bare = plan_memory(workload, sharding, frozenset(), "cuda")
         spare = parse_size(GPU_MEMORY) * (1 - RESERVE) - bare.total
-        kept = resident_parts(recipe, workload.parts, spare)
+        kept = resident_parts(recipe.engine.resident, workload.parts, spare)
         cells = [name, f"{gpus:,}", _gib(bare.items["backbone shard"]), _gib(bare.total)]
         for resident in (frozenset[str](), kept):
             traffic = plan_traffic(workload, sharding, resident, micro_batches=1)

@@ -75,7 +75,9 @@ def test_commands_of_cluster_files_resolve_to_valid_recipes(path: Path) -> None:
         assert words[0] in {"train", "submit"}
         recipe = resolved(words)
         assert recipe.cluster.workers >= 1
-        assert several_nodes_problem(recipe, []) is None, "the command runs on more than one node"
+        assert several_nodes_problem(recipe.output, recipe.tracking, []) is None, (
+            "the command runs on more than one node"
+        )
         assert any(word.startswith("output=") for word in words), "the shared run folder is named on the line"
         if "--address" in words:
             assert words[0] == "submit"

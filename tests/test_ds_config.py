@@ -30,7 +30,10 @@ def recipe(resident: str = "none", dtype: str = "bfloat16") -> Recipe:
 
 
 def complete(raw: dict[str, Any], resident: str = "none", dtype: str = "bfloat16") -> dict[str, Any]:
-    return complete_ds_config(raw, recipe(resident, dtype), world_size=3, block_numel=BLOCK, outer_numel=OUTER)
+    settings = recipe(resident, dtype)
+    return complete_ds_config(
+        raw, settings.training, settings.backbone, world_size=3, block_numel=BLOCK, outer_numel=OUTER
+    )
 
 
 @pytest.mark.parametrize("path", sorted(preset_folder().glob("*.json")), ids=lambda path: path.stem)
@@ -134,14 +137,12 @@ def test_all_contradictions_are_named_at_once_with_both_values():
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_deepspeeds_own_quantization_is_an_error(key: str, quantization: str):
     """Every weight of the backbone would be zero."""
-
-    backbone = recipe().backbone.model_copy(update={"quantization": quantization})
-    quantized = recipe().model_copy(update={"backbone": backbone})
+    training, backbone = recipe().training, recipe().backbone.model_copy(update={"quantization": quantization})
     for value in (True, False, "auto"):
         message = f"'zero_optimization.{key}' cannot be used .*: remove it and use backbone.quantization=int8"
         with pytest.raises(EngineError, match=message) if value is True else nullcontext():
             raw = {"zero_optimization": {key: value}}
-            complete_ds_config(raw, quantized, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
+            complete_ds_config(raw, training, backbone, world_size=3, block_numel=BLOCK, outer_numel=OUTER)
 
 
 def test_offloading_shards_to_disk_is_an_error():

@@ -146,7 +146,9 @@ def share(folder: Path, reachable: bool) -> tuple[bool, bool, int]:
         shared_shards._machine = lambda: ("elsewhere", "")
     recipe = make_recipe(folder, ["none"], folder, engine={"kind": "zero"}, cluster={"workers": 2})
     try:
-        backbone, _ = shard_backbone(open_backbone(recipe.backbone), recipe, CPU, 2)
+        backbone, _ = shard_backbone(
+            open_backbone(recipe.backbone), recipe.backbone, recipe.engine, recipe.training, CPU, 2
+        )
     finally:
         shared_shards._machine = machine
     parameters: list[Any] = list(backbone.parameters())

@@ -21,6 +21,7 @@ from hyperscale.model.adapters.lora import Lora
 from hyperscale.model.adapters.norm_delta import NormDelta
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.backbone import open_backbone, set_activation_checkpointing
+from hyperscale.model.build import Blueprint
 from hyperscale.model.generation import EagerGeneration
 from hyperscale.model.weights import tensors_of
 from hyperscale.planning.generated import generated_bytes, generates_site_by_site
@@ -211,13 +212,15 @@ def test_the_budget_decides_and_the_plan_shows_it(folder: Path, tmp_path: Path):
     weights = adapted.generator(torch.arange(len(tasks)))
     size = generated_bytes(roomy.adaptation, adapted.site_map, kinds, len(tasks), 4)
     assert size == EagerGeneration(weights).held_bytes(4) == 3 * sum(tensor.nbytes for tensor in tensors_of(weights))
-    for budget, by_site in ((f"{size}B", False), (f"{size - 1}B", True)):
-        assert (
-            generates_site_by_site(recipe_of(folder, tasks, generated_budget=budget), adapted.site_map, kinds)
-            is by_site
-        )
-    kept_anyway = recipe_of(folder, tasks, generated_budget="0B", activation_checkpointing=False)
-    assert not generates_site_by_site(kept_anyway, adapted.site_map, kinds)
+    blueprint = Blueprint(adapted.architecture, kinds, adapted.site_map)
+
+    def generates_by_site(**engine: Any) -> bool:
+        settings = recipe_of(folder, tasks, **engine).engine
+        return generates_site_by_site(settings, roomy.adaptation, blueprint, len(tasks), itemsize=4)
+
+    assert not generates_by_site(generated_budget=f"{size}B")
+    assert generates_by_site(generated_budget=f"{size - 1}B")
+    assert not generates_by_site(generated_budget="0B", activation_checkpointing=False)
 
     backbone = open_backbone(roomy.backbone)
     whole, parts = (

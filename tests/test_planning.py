@@ -136,7 +136,9 @@ def test_what_moves_the_memory(request: pytest.FixtureRequest, family: str) -> N
 
 def test_sharding_is_read_from_deepspeeds_json(tiny_llama_folder: Path, tmp_path: Path) -> None:
     def sharding(preset: str, kind: str = "zero") -> Sharding:
-        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": kind, "ds_config": preset}), 16, "cuda")
+        return read_sharding(
+            recipe_of(tiny_llama_folder, engine={"kind": kind, "ds_config": preset}).engine, 16, "cuda"
+        )
 
     assert sharding("zero3") == Sharding(16)
     assert sharding("zero3_offload") == Sharding(16, offload=True)
@@ -152,20 +154,21 @@ def test_ranks_of_one_machine_need_no_room_for_messages(
     def sharding_with(**zero: object) -> Sharding:
         path = tmp_path / "asked.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}), encoding="utf-8")
-        return read_sharding(recipe_of(tiny_llama_folder, engine={"kind": "zero", "ds_config": str(path)}), 2, "cpu")
+        engine = recipe_of(tiny_llama_folder, engine={"kind": "zero", "ds_config": str(path)}).engine
+        return read_sharding(engine, 2, "cpu")
 
-    here = read_sharding(recipe, 2, "cpu")
+    here = read_sharding(recipe.engine, 2, "cpu")
     assert here == Sharding(2, in_place=True)
     assert sharding_with(offload_param={"device": "cpu"}) == Sharding(2, offload=True, in_place=True)
     elsewhere = [
-        read_sharding(recipe, 2, "cpu", nodes=2),
-        read_sharding(recipe, 2, "cuda"),
-        read_sharding(recipe, 1, "cpu"),
+        read_sharding(recipe.engine, 2, "cpu", nodes=2),
+        read_sharding(recipe.engine, 2, "cuda"),
+        read_sharding(recipe.engine, 1, "cpu"),
         sharding_with(zero_hpz_partition_size=2),
     ]
     assert not any(one.in_place for one in elsewhere)
     monkeypatch.setenv("HYPERSCALE_SHARED_SHARDS", "0")
-    assert not read_sharding(recipe, 2, "cpu").in_place
+    assert not read_sharding(recipe.engine, 2, "cpu").in_place
 
     workload = describe_run(recipe, open_backbone(recipe.backbone))
     plans = [plan_memory(workload, sharding, frozenset(), "cpu") for sharding in (here, Sharding(2))]

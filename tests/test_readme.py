@@ -108,7 +108,7 @@ def test_cluster_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         options = _parse(words)
         recipe = load_recipe(options.recipe, options.overrides)
         assert recipe.cluster.workers == 16
-        assert several_nodes_problem(recipe, []) is None
+        assert several_nodes_problem(recipe.output, recipe.tracking, []) is None
 
 
 def test_other_programs() -> None:

@@ -51,7 +51,7 @@ def test_its_tasks_and_its_deepspeed_json(name: str) -> None:
     assert [task.name for task in tasks if names.intersection(task.not_with)] == []
     assert max(task.max_new_tokens for task in tasks) <= recipe.data.max_target_tokens
     raw = read_ds_config(recipe.engine.ds_config)
-    completed = complete_ds_config(raw, recipe, recipe.cluster.workers, block_numel=1000)
+    completed = complete_ds_config(raw, recipe.training, recipe.backbone, recipe.cluster.workers, block_numel=1000)
     assert completed["train_batch_size"] == recipe.training.batch_size
 
 

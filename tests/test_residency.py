@@ -1,6 +1,7 @@
 """Parts of the backbone stay gathered as the recipe asks, on two real ranks, and the step stays the same."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def agreed(chosen: Recipe, free: list[float]) -> tuple[Residency, int]:
     residency.free_memory = lambda _device: (int(free[collective.rank]), 0)
     try:
         folder = open_backbone(chosen.backbone)
-        decision = agree_on_resident(chosen, folder, engine.parts, collective, CPU)
+        decision = agree_on_resident(chosen.engine, partial(describe_run, chosen, folder), engine.parts, collective, CPU)
     finally:
         residency.free_memory = before
     return decision, len(engine.parts)
@@ -125,7 +126,7 @@ def test_the_poorest_rank_decides(two_ranks: Ranks, tiny_llama_folder: Path, tas
 
     # Room for the plan and all parts, but not for the plan once more: the plan is kept to.
     workload = describe_run(chosen, open_backbone(chosen.backbone))
-    plan = plan_memory(workload, read_sharding(chosen, 2, "cpu"), frozenset(), "cpu").total
+    plan = plan_memory(workload, read_sharding(chosen.engine, 2, "cpu"), frozenset(), "cpu").total
     enough = 2 * (plan + sum(part.nbytes for part in workload.parts))  # for two ranks of one machine
     (tight, _), (roomy, _) = (two_ranks.run(agreed, chosen, [free] * 2)[0] for free in (enough, enough + 2 * plan))
     assert tight == Residency(all_names(workload.parts), returns_memory=True)
@@ -183,5 +184,5 @@ def test_a_frozen_linear_keeps_nothing_of_its_weight(bias: bool) -> None:
 def test_one_rank_decides_alone(tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
     chosen = make_recipe(tiny_llama_folder, tasks, tmp_path, engine={"kind": "zero", "resident": "10KB"})
     parts = (Part("small", (100,), (4,), 2, False), Part("large", (10_000,), (4,), 2, True))
-    folder = open_backbone(chosen.backbone)
-    assert agree_on_resident(chosen, folder, parts, SingleProcess(), CPU).parts == {"small"}
+    workload = partial(describe_run, chosen, open_backbone(chosen.backbone))
+    assert agree_on_resident(chosen.engine, workload, parts, SingleProcess(), CPU).parts == {"small"}

@@ -108,13 +108,14 @@ def test_shortfalls_of_resources(
 
 def test_several_nodes_need_a_shared_folder_and_a_tracking_server() -> None:
     server = recipe(uri="http://mlflow:5000")
-    assert several_nodes_problem(server, []) is None
-    assert several_nodes_problem(recipe(enabled=False), []) is None
-    blind = several_nodes_problem(server, ["b (10.0.0.2)", "a (10.0.0.1)"])
+    assert several_nodes_problem(server.output, server.tracking, []) is None
+    without = recipe(enabled=False)
+    assert several_nodes_problem(without.output, without.tracking, []) is None
+    blind = several_nodes_problem(server.output, server.tracking, ["b (10.0.0.2)", "a (10.0.0.1)"])
     assert blind is not None
     assert blind.startswith("output=/runs/one is private to this node: a (10.0.0.1), b (10.0.0.2) cannot see it. ")
     for uri in (None, "sqlite:////runs/mlflow.db"):
-        problem = several_nodes_problem(recipe(uri=uri), [])
+        problem = several_nodes_problem(server.output, recipe(uri=uri).tracking, [])
         assert problem is not None
         assert problem.startswith("tracking.mlflow.uri: an SQLite file cannot be written from several nodes.")
 

@@ -209,7 +209,9 @@ def gathered(path: Path, dtype: str, quantization: str = "none") -> dict[str, Te
     """Shard a backbone and return each parameter, gathered, under all its names."""
     settings = {"name": str(path), "dtype": dtype, "quantization": quantization}
     recipe = make_recipe(path, ["none"], path, backbone=settings, cluster={"workers": 2})
-    backbone, _ = shard_backbone(open_backbone(recipe.backbone), recipe, CPU, 2)
+    backbone, _ = shard_backbone(
+        open_backbone(recipe.backbone), recipe.backbone, recipe.engine, recipe.training, CPU, 2
+    )
     tensors = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         one: Any = parameter

@@ -25,7 +25,7 @@ def child_runner(logs: Path) -> RunRecipe:
     """Return a runner for several threads: each run gets a process of its own, which logs to `logs`."""
 
     def run(recipe: Recipe, file: Path) -> RunResult:
-        require_one_worker(recipe)
+        require_one_worker(recipe.cluster)
         result = train_in_child(recipe, file, logs / f"{recipe.name}.log")
         _logger.info("finished %s in %s", recipe.name, duration(result.seconds))
         return result

@@ -140,7 +140,7 @@ def publish(outcome: Outcome) -> str:
     files[0].write_text(text, encoding="utf-8")
     files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     recipe = next(iter(outcome.final.values()))[0].trial.recipes[0]
-    record_comparison_run(recipe, outcome.comparison.name, metrics(summaries), files)
+    record_comparison_run(recipe.tracking, recipe.output, outcome.comparison.name, metrics(summaries), files)
     return text
 
 

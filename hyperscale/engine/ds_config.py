@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hyperscale.assets.presets import find_preset
-from hyperscale.config.run import Recipe
+from hyperscale.config.backbone import BackboneSettings
+from hyperscale.config.engine import EngineSettings
+from hyperscale.config.training import TrainingSettings
 from hyperscale.errors import EngineError
 from hyperscale.planning.memory import Sharding
 
@@ -46,7 +48,12 @@ def read_ds_config(name_or_path: str) -> dict[str, Any]:
 
 
 def complete_ds_config(
-    raw: Mapping[str, Any], recipe: Recipe, world_size: int, block_numel: int, outer_numel: int = 0
+    raw: Mapping[str, Any],
+    training: TrainingSettings,
+    backbone: BackboneSettings,
+    world_size: int,
+    block_numel: int,
+    outer_numel: int = 0,
 ) -> dict[str, Any]:
     """Fill in what the recipe decides.
 
@@ -65,21 +72,21 @@ def complete_ds_config(
         for key, ours in _OURS.items()
         if _decides(raw.get(key))
     ]
-    micro = recipe.training.micro_batch_size
+    micro = training.micro_batch_size
     wanted = {
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": recipe.training.batch_size // (micro * world_size),
-        "train_batch_size": recipe.training.batch_size,
+        "gradient_accumulation_steps": training.batch_size // (micro * world_size),
+        "train_batch_size": training.batch_size,
     }
     done = {key: value for key, value in raw.items() if key not in _OURS}
     for key, value in wanted.items():
         problems += _fill(done, key, value, key)
     bf16 = _section(raw, "bf16", problems)
-    problems += _fill(bf16, "enabled", recipe.backbone.dtype == "bfloat16", "bf16.enabled")
+    problems += _fill(bf16, "enabled", backbone.dtype == "bfloat16", "bf16.enabled")
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
-    problems += _unsupported(zero, recipe.backbone.quantization == "int8")
+    problems += _unsupported(zero, backbone.quantization == "int8")
     _fill_live_limits(zero, block_numel, outer_numel)
     done["zero_optimization"] = zero
     if problems:
@@ -149,14 +156,14 @@ def _fill_live_limits(zero: dict[str, Any], block_numel: int, outer_numel: int) 
             zero[key] = limit
 
 
-def read_sharding(recipe: Recipe, world_size: int, device: Literal["cpu", "cuda"], nodes: int = 1) -> Sharding:
+def read_sharding(engine: EngineSettings, world_size: int, device: Literal["cpu", "cuda"], nodes: int = 1) -> Sharding:
     """Return what the run's DeepSpeed JSON says of where shards lie; the unsharded engine is one rank's whole.
 
     CPU ranks of one node read ordinary shards from each other's memory (engine/shared_shards.py).
     """
-    if recipe.engine.kind == "local":
+    if engine.kind == "local":
         return Sharding(world_size=1)
-    zero = read_ds_config(recipe.engine.ds_config).get("zero_optimization", {})
+    zero = read_ds_config(engine.ds_config).get("zero_optimization", {})
     offload = (zero.get("offload_param") or {}).get("device", "none")
     asked = zero.get("zero_hpz_partition_size", 1)
     node_shards = 1 if asked == "auto" else int(asked)

@@ -1,19 +1,18 @@
 """Which parts of a backbone stay gathered on the ranks of this run: the same on all, from the poorest one's memory."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from hyperscale.config.run import Recipe
+from hyperscale.config.engine import EngineSettings
 from hyperscale.engine.collective import Collective
 from hyperscale.engine.ds_config import read_sharding
 from hyperscale.engine.host_memory import free_memory
 from hyperscale.logger import get_logger
-from hyperscale.model.backbone import BackboneFolder
-from hyperscale.planning.memory import RESERVE, describe_run, plan_memory, resident_parts
+from hyperscale.planning.memory import RESERVE, Workload, plan_memory, resident_parts
 from hyperscale.planning.parts import Part
 
 _logger = get_logger(__name__)
@@ -30,7 +29,11 @@ class Residency:
 
 
 def agree_on_resident(
-    recipe: Recipe, folder: BackboneFolder, parts: Sequence[Part], collective: Collective, device: torch.device
+    engine: EngineSettings,
+    describe_workload: Callable[[], Workload],
+    parts: Sequence[Part],
+    collective: Collective,
+    device: torch.device,
 ) -> Residency:
     """Return what to keep; every rank must call this once its shards are loaded.
 
@@ -39,17 +42,17 @@ def agree_on_resident(
     of `all` took 1.7 times the plan (docs/performance.md).
     """
     is_cpu = device.type == "cpu"
-    if recipe.engine.resident != "auto":
-        return Residency(resident_parts(recipe, parts, spare=0.0), is_cpu and recipe.engine.resident != "all")
-    workload = describe_run(recipe, folder)
+    if engine.resident != "auto":
+        return Residency(resident_parts(engine.resident, parts, spare=0.0), is_cpu and engine.resident != "all")
+    workload = describe_workload()
     names = collective.gather(socket.gethostname())
-    sharding = read_sharding(recipe, collective.world_size, _kind(device), len(set(names)))
+    sharding = read_sharding(engine, collective.world_size, _kind(device), len(set(names)))
     plan = plan_memory(workload, sharding, frozenset(), _kind(device))
     held = plan.items["backbone shard"] + plan.items["second shard (hpZ)"]
     sharers = 1 if device.type == "cuda" else names.count(names[collective.rank])
     free, total = free_memory(device)
     spare = min(collective.gather((free - RESERVE * total) / sharers - (plan.total - held)))
-    chosen = resident_parts(recipe, parts, spare)
+    chosen = resident_parts(engine.resident, parts, spare)
     is_roomy = len(chosen) == len(parts) and spare - sum(part.nbytes for part in parts) >= plan.total
     if collective.rank == 0:
         _logger.info("engine.resident: %d of %d parts of the backbone stay gathered", len(chosen), len(parts))

@@ -15,7 +15,9 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from hyperscale.config.run import Recipe
+from hyperscale.config.backbone import BackboneSettings
+from hyperscale.config.engine import EngineSettings
+from hyperscale.config.training import TrainingSettings
 from hyperscale.data.collate import Batch
 from hyperscale.engine.base import StepResult
 from hyperscale.engine.collective import Collective, TorchCollective
@@ -43,7 +45,12 @@ from hyperscale.planning.parts import Part
 
 
 def shard_backbone(
-    folder: BackboneFolder, recipe: Recipe, device: torch.device, world_size: int
+    folder: BackboneFolder,
+    settings: BackboneSettings,
+    engine: EngineSettings,
+    training: TrainingSettings,
+    device: torch.device,
+    world_size: int,
 ) -> tuple[nn.Module, DeepSpeedEngine]:
     """Build and load this rank's share of a backbone; torch.distributed must be up, and every rank must call this.
 
@@ -56,34 +63,34 @@ def shard_backbone(
     """
     check_version()
     _quiet_deepspeed()
-    if keeps_host_memory_small(recipe, device):
+    if keeps_host_memory_small(engine.resident, device):
         map_large_tensors()
-    backbone = build_empty(folder, recipe.backbone)
-    if recipe.engine.activation_checkpointing:
+    backbone = build_empty(folder, settings)
+    if engine.activation_checkpointing:
         set_activation_checkpointing(backbone)
-    raw = read_ds_config(recipe.engine.ds_config)
-    config = complete_ds_config(raw, recipe, world_size, *_numels(backbone, folder.architecture))
+    raw = read_ds_config(engine.ds_config)
+    config = complete_ds_config(raw, training, settings, world_size, *_numels(backbone, folder.architecture))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     file = ShardFile(backbone, world_size) if device.type == "cpu" else None
     load_sharded(backbone, folder, config, device, file)
     set_z3_leaf_modules(backbone, list({type(block) for block in _blocks(backbone, folder.architecture)}))
-    engine: DeepSpeedEngine = deepspeed.initialize(model=backbone, config=config)[0]
-    check_engine(engine)
+    deepspeed_engine: DeepSpeedEngine = deepspeed.initialize(model=backbone, config=config)[0]
+    check_engine(deepspeed_engine)
     if raw.get("zero_optimization", {}).get("stage3_prefetch_bucket_size", "auto") == "auto":
-        prefetch_whole_parts(engine)
+        prefetch_whole_parts(deepspeed_engine)
     forget_linear_inputs(backbone)
     if file is not None:
         share_shards(backbone, file, TorchCollective(device))
-    return backbone, engine
+    return backbone, deepspeed_engine
 
 
-def keeps_host_memory_small(recipe: Recipe, device: torch.device) -> bool:
+def keeps_host_memory_small(resident: str, device: torch.device) -> bool:
     """Return whether a CPU rank's memory is to follow the plan; `engine.resident: all` asks for speed instead.
 
     `auto` may choose speed once the shards are loaded (engine/residency.py). Mapping what is large and clearing its
     pages costs 15 to 18 % of a step; without it the peak was 1.7 times as high (docs/performance.md).
     """
-    return device.type == "cpu" and recipe.engine.resident != "all"
+    return device.type == "cpu" and resident != "all"
 
 
 def _blocks(backbone: nn.Module, architecture: Architecture) -> list[nn.Module]:

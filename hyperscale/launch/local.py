@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from hyperscale.checkpoint.run_folder import claim
+from hyperscale.config.cluster import ClusterSettings
+from hyperscale.config.engine import EngineSettings
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, ResourceError
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, read_result
@@ -20,11 +22,11 @@ from hyperscale.run.worker import train_worker
 from hyperscale.terminal.display import ProgressDisplay
 
 
-def require_one_worker(recipe: Recipe) -> None:
-    """Raise `ConfigError` if a recipe asks for more than the one worker that there is here."""
-    if recipe.cluster.workers != 1:
+def require_one_worker(cluster: ClusterSettings) -> None:
+    """Raise `ConfigError` if a recipe asks for more than one worker."""
+    if cluster.workers != 1:
         raise ConfigError(
-            f"--launcher local runs one worker, the recipe asks for cluster.workers {recipe.cluster.workers}; "
+            f"--launcher local runs one worker, the recipe asks for cluster.workers {cluster.workers}; "
             "set cluster.workers=1 or use --launcher torchrun"
         )
 
@@ -35,8 +37,11 @@ def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
     Raises:
         ConfigError: the recipe asks for several workers.
     """
-    require_one_worker(recipe)
-    with claim(recipe.output, resume), ProgressDisplay(recipe.tracking.progress) as display, process_group(recipe):
+    require_one_worker(recipe.cluster)
+    with ExitStack() as stack:
+        stack.enter_context(claim(recipe.output, resume))
+        display = stack.enter_context(ProgressDisplay(recipe.tracking.progress))
+        stack.enter_context(process_group(recipe.engine, recipe.cluster))
         result = train_worker(
             recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.of(recipe.name, recipe.output))
         )
@@ -68,15 +73,15 @@ def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
 
 
 @contextmanager
-def process_group(recipe: Recipe) -> Iterator[None]:
+def process_group(engine: EngineSettings, cluster: ClusterSettings) -> Iterator[None]:
     """Give DeepSpeed the process group of one that it wants; nothing listens on a port."""
-    if recipe.engine.kind != "zero":
+    if engine.kind != "zero":
         yield
         return
     before = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    backend = "nccl" if recipe.cluster.gpus_per_worker and torch.cuda.is_available() else "gloo"
-    timeout = timedelta(minutes=recipe.engine.communication_timeout_minutes)
+    backend = "nccl" if cluster.gpus_per_worker and torch.cuda.is_available() else "gloo"
+    timeout = timedelta(minutes=engine.communication_timeout_minutes)
     store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch's annotations hide it
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     try:

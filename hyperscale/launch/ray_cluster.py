@@ -18,7 +18,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hyperscale.config.run import Recipe
+from hyperscale.config.cluster import ClusterSettings
+from hyperscale.config.tracking import TrackingSettings
 from hyperscale.errors import ResourceError, RunFolderError
 from hyperscale.launch.resources import required_resources, several_nodes_problem, shortfall
 from hyperscale.logger import get_logger
@@ -39,13 +40,13 @@ _TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
-def join_cluster(recipe: Recipe) -> Iterator[None]:
-    """Join the cluster of `cluster.address` or of RAY_ADDRESS, or start one that ends, and is deleted, with the block.
+def join_cluster(address: str | None) -> Iterator[None]:
+    """Join the cluster at `address` or at RAY_ADDRESS, or start one that ends, and is deleted, with the block.
 
     Raises:
         ResourceError: nothing answers there, or it cannot be started.
     """
-    address = recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield
     elif address and address != "local":
@@ -129,17 +130,17 @@ def _scratch() -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_capacity(recipe: Recipe) -> None:
+def check_capacity(cluster: ClusterSettings) -> None:
     """Raise `ResourceError` if the workers cannot fit on the cluster, even if nobody else used it."""
-    problem = shortfall(recipe.cluster, [node["Resources"] for node in _alive_nodes()])
+    problem = shortfall(cluster, [node["Resources"] for node in _alive_nodes()])
     if problem:
         raise ResourceError(problem)
 
 
-def wait_for_resources(recipe: Recipe, say: Callable[[str], None]) -> None:
+def wait_for_resources(cluster: ClusterSettings, say: Callable[[str], None]) -> None:
     """Wait `cluster.wait_minutes` for what others use now; `ResourceError` if the cluster stays busy."""
-    required = required_resources(recipe.cluster)
-    end = time.monotonic() + 60 * recipe.cluster.wait_minutes
+    required = required_resources(cluster)
+    end = time.monotonic() + 60 * cluster.wait_minutes
     while True:
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         missing = {name: amount for name, amount in required.items() if free.get(name, 0.0) + 1e-6 < amount}
@@ -148,14 +149,14 @@ def wait_for_resources(recipe: Recipe, say: Callable[[str], None]) -> None:
         used = ", ".join(f"{amount:g} {name} asked, {free.get(name, 0.0):g} free" for name, amount in missing.items())
         if time.monotonic() > end:
             raise ResourceError(
-                f"the cluster is busy ({used}) and stayed so for cluster.wait_minutes={recipe.cluster.wait_minutes:g}; "
+                f"the cluster is busy ({used}) and stayed so for cluster.wait_minutes={cluster.wait_minutes:g}; "
                 "stop another job, wait longer, or ask for fewer workers"
             )
         say(f"waiting for the cluster: {used}")
         time.sleep(1.0)
 
 
-def check_shared_folder(recipe: Recipe) -> None:
+def check_shared_folder(output: str, tracking: TrackingSettings) -> None:
     """Put a file into the run folder and let every other node look for it.
 
     Raises:
@@ -164,7 +165,7 @@ def check_shared_folder(recipe: Recipe) -> None:
     nodes = _alive_nodes()
     if len(nodes) < 2:
         return
-    place = open_place(recipe.output).child(f".seen-{uuid.uuid4().hex[:8]}")
+    place = open_place(output).child(f".seen-{uuid.uuid4().hex[:8]}")
     place.fs.pipe_file(place.path, b"")
     try:
         answers = [
@@ -181,7 +182,7 @@ def check_shared_folder(recipe: Recipe) -> None:
         ]
     finally:
         place.fs.rm_file(place.path)
-    problem = several_nodes_problem(recipe, blind)
+    problem = several_nodes_problem(output, tracking, blind)
     if problem:
         raise RunFolderError(problem)
 

@@ -55,20 +55,20 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
         stack.enter_context(claim(recipe.output, resume))
         run = RunIdentity.of(recipe.name, recipe.output)
         show_phase("starting Ray")
-        stack.enter_context(join_cluster(recipe))
-        check_capacity(recipe)
-        check_shared_folder(recipe)
-        wait_for_resources(recipe, show_phase)
+        stack.enter_context(join_cluster(recipe.cluster.address))
+        check_capacity(recipe.cluster)
+        check_shared_folder(recipe.output, recipe.tracking)
+        wait_for_resources(recipe.cluster, show_phase)
         mailbox = _mailbox()
         stack.enter_context(_delivery(mailbox, display))
         show_phase(f"starting {recipe.cluster.workers} workers")
         try:
             _fit(recipe, mailbox, run)
         except HyperscaleError as error:
-            record_failed_run(recipe, run, str(error))
+            record_failed_run(recipe.tracking, recipe.output, run, str(error))
             raise
         except KeyboardInterrupt:
-            record_failed_run(recipe, run, "stopped by a signal")
+            record_failed_run(recipe.tracking, recipe.output, run, "stopped by a signal")
             raise
     return read_result(recipe.output)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from hyperscale.config.cluster import ClusterSettings
-from hyperscale.config.run import Recipe
+from hyperscale.config.tracking import TrackingSettings
 from hyperscale.tracking import trackers
 
 
@@ -45,7 +45,7 @@ def _scarcest(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -
     return "gpus_per_worker (0 = run on CPUs)" if "GPU" in missing else "cpus_per_worker"
 
 
-def several_nodes_problem(recipe: Recipe, blind_nodes: Sequence[str]) -> str | None:
+def several_nodes_problem(output: str, tracking: TrackingSettings, blind_nodes: Sequence[str]) -> str | None:
     """Say why a run cannot span nodes, or None.
 
     Args:
@@ -53,10 +53,10 @@ def several_nodes_problem(recipe: Recipe, blind_nodes: Sequence[str]) -> str | N
     """
     if blind_nodes:
         return (
-            f"output={recipe.output} is private to this node: {', '.join(sorted(blind_nodes))} cannot see it. "
+            f"output={output} is private to this node: {', '.join(sorted(blind_nodes))} cannot see it. "
             "Use a folder that all nodes mount (NFS, a shared volume) or a URI such as s3://bucket/run"
         )
-    return trackers.several_nodes_problem(recipe.tracking)
+    return trackers.several_nodes_problem(tracking)
 
 
 def ephemeral_output_problem(output: str) -> str | None:

@@ -36,7 +36,7 @@ def start(recipe: Recipe, launcher: Launcher = "ray", resume: bool = False) -> R
     if torchrun.is_worker():
         return torchrun.train_as_worker(recipe, resume)
     if launcher == "local":
-        require_one_worker(recipe)
+        require_one_worker(recipe.cluster)
     _check(recipe, launcher)
     return run_workers(recipe, launcher, resume)
 

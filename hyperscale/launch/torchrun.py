@@ -19,6 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from hyperscale.checkpoint.run_folder import claim
+from hyperscale.config.cluster import ClusterSettings
+from hyperscale.config.engine import EngineSettings
 from hyperscale.config.loading import dump_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, HyperscaleError, ResourceError
@@ -133,18 +135,18 @@ def train_as_worker(recipe: Recipe, resume: bool) -> RunResult:
         if rank == 0:
             stack.enter_context(claim(recipe.output, resume or _was_restarted()))
             consume = stack.enter_context(ProgressDisplay(recipe.tracking.progress)).consume
-        stack.enter_context(_process_group(recipe, local_rank))
+        stack.enter_context(_process_group(recipe.engine, recipe.cluster, local_rank))
         identity = RunIdentity.of(recipe.name, recipe.output)
         train_worker(recipe, WorkerContext(rank, world_size, local_rank, "torchrun", consume, identity))
     return read_result(recipe.output)  # rank 0 wrote it before the process group ended
 
 
 @contextmanager
-def _process_group(recipe: Recipe, local_rank: int) -> Iterator[None]:
-    use_cuda = bool(recipe.cluster.gpus_per_worker) and torch.cuda.is_available()
+def _process_group(engine: EngineSettings, cluster: ClusterSettings, local_rank: int) -> Iterator[None]:
+    use_cuda = bool(cluster.gpus_per_worker) and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(local_rank)
-    timeout = timedelta(minutes=recipe.engine.communication_timeout_minutes)
+    timeout = timedelta(minutes=engine.communication_timeout_minutes)
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
     try:
         yield

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from hyperscale.config.adaptation import AdaptationSettings
-from hyperscale.config.run import Recipe
+from hyperscale.config.data import DataSettings
+from hyperscale.config.engine import EngineSettings
 from hyperscale.config.sizes import parse_size
 from hyperscale.model.adapters.kinds import AdapterKind
-from hyperscale.model.backbone import DTYPES
+from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.generator import group_specs
 from hyperscale.model.generators.registry import num_sets
 from hyperscale.model.sites import SiteMap
@@ -14,16 +15,21 @@ from hyperscale.model.sites import SiteMap
 _FP32 = 4
 
 
-def generates_site_by_site(recipe: Recipe, site_map: SiteMap, kinds: Sequence[AdapterKind]) -> bool:
+def generates_site_by_site(
+    engine: EngineSettings, adaptation: AdaptationSettings, blueprint: Blueprint, num_tasks: int, itemsize: int
+) -> bool:
     """Return whether the weights of a step exceed `engine.generated_budget` and the blocks run again anyway.
 
     Without activation checkpointing every site keeps its weights for the backward pass in either case.
+
+    Args:
+        num_tasks: tasks of a step, see `tasks_of_a_step`.
+        itemsize: bytes of an element in the backbone's dtype.
     """
-    if not recipe.engine.activation_checkpointing:
+    if not engine.activation_checkpointing:
         return False
-    itemsize = DTYPES[recipe.backbone.dtype].itemsize
-    num_bytes = generated_bytes(recipe.adaptation, site_map, kinds, tasks_of_a_step(recipe), itemsize)
-    return num_bytes > parse_size(recipe.engine.generated_budget)
+    num_bytes = generated_bytes(adaptation, blueprint.site_map, blueprint.kinds, num_tasks, itemsize)
+    return num_bytes > parse_size(engine.generated_budget)
 
 
 def generated_bytes(
@@ -43,7 +49,6 @@ def generated_bytes(
     return numel * (2 * _FP32 + itemsize)
 
 
-def tasks_of_a_step(recipe: Recipe) -> int:
-    """Return the largest number of tasks in one rank's share of a step."""
-    per_rank = recipe.training.batch_size // recipe.cluster.workers
-    return min(len(recipe.data.tasks), per_rank) if recipe.data.mixed_tasks else 1
+def tasks_of_a_step(data: DataSettings, batch_size: int, workers: int) -> int:
+    """Return the largest number of tasks in one rank's share of a step of `batch_size` rows."""
+    return min(len(data.tasks), batch_size // workers) if data.mixed_tasks else 1

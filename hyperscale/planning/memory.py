@@ -7,7 +7,7 @@ from typing import Literal
 from hyperscale.config.run import Recipe
 from hyperscale.config.sizes import parse_size
 from hyperscale.model.adapted import AdaptedModel
-from hyperscale.model.backbone import DTYPES, BackboneFolder
+from hyperscale.model.backbone import BackboneFolder
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.planning.generated import tasks_of_a_step
 from hyperscale.planning.parts import Part, choose_resident, find_parts
@@ -83,20 +83,20 @@ class MemoryPlan:
 def step_shape(recipe: Recipe) -> StepShape:
     """Return the largest micro-batch of a recipe: every row as long as `data` allows, as many tasks as can meet."""
     data, rows = recipe.data, recipe.training.micro_batch_size
-    return StepShape(rows, data.max_source_tokens, data.max_target_tokens, tasks_of_a_step(recipe))
+    tasks = tasks_of_a_step(data, recipe.training.batch_size, recipe.cluster.workers)
+    return StepShape(rows, data.max_source_tokens, data.max_target_tokens, tasks)
 
 
 def describe_run(recipe: Recipe, folder: BackboneFolder, shape: StepShape | None = None) -> Workload:
     """Build and trace a run on the meta device; takes seconds, reads no weights."""
-    model = build_meta_model(recipe, folder)
-    return workload_of(recipe, model, shape or step_shape(recipe))
+    return workload_of(build_meta_model(recipe, folder), shape or step_shape(recipe))
 
 
-def workload_of(recipe: Recipe, model: AdaptedModel, shape: StepShape) -> Workload:
+def workload_of(model: AdaptedModel, shape: StepShape) -> Workload:
     """Trace a built meta model at one shape."""
     return Workload(
         parts=find_parts(model.backbone, model.architecture),
-        itemsize=DTYPES[recipe.backbone.dtype].itemsize,
+        itemsize=model.dtype.itemsize,
         trained=num_parameters(model.generator),
         trace=trace_step(model, shape),
     )
@@ -146,12 +146,16 @@ def plan_memory(
     return MemoryPlan(items, worst, host, resident)
 
 
-def resident_parts(recipe: Recipe, parts: Sequence[Part], spare: float) -> frozenset[str]:
-    """Return the names of the parts that `engine.resident` keeps gathered; `spare`: bytes that `auto` may fill."""
-    word = recipe.engine.resident
-    if word == "all":
+def resident_parts(resident: str, parts: Sequence[Part], spare: float) -> frozenset[str]:
+    """Return the names of the parts that stay gathered.
+
+    Args:
+        resident: the setting `engine.resident`: `all`, `none`, `auto` or a size.
+        spare: bytes that `auto` may fill.
+    """
+    if resident == "all":
         return frozenset(part.name for part in parts)
-    budget = 0.0 if word == "none" else spare if word == "auto" else float(parse_size(word))
+    budget = 0.0 if resident == "none" else spare if resident == "auto" else float(parse_size(resident))
     return choose_resident(parts, budget)
 
 

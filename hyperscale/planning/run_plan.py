@@ -80,7 +80,7 @@ def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine
     for checkpointed in (False, True):
         engine = recipe.engine.model_copy(update={"activation_checkpointing": checkpointed})
         model = build_meta_model(recipe.model_copy(update={"engine": engine}), folder)
-        low, high = (workload_of(recipe, model, replace(shape, rows=count)) for count in rows)
+        low, high = (workload_of(model, replace(shape, rows=count)) for count in rows)
         both[checkpointed] = (low, high)
     limit = None if machine.memory is None else machine.memory * (1 - RESERVE)
     chosen = recipe.engine.activation_checkpointing
@@ -88,7 +88,7 @@ def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine
     workload = both[chosen][0]
     bare = plan_memory(workload, sharding, frozenset(), machine.device)
     spare = 0.0 if limit is None else limit - bare.total
-    resident = resident_parts(recipe, workload.parts, spare)
+    resident = resident_parts(recipe.engine.resident, workload.parts, spare)
     memory, other = (plan_memory(both[way][0], sharding, resident, machine.device) for way in (chosen, not chosen))
     micro_batches = max(1, recipe.training.batch_size // (machine.ranks * shape.rows))
     traffic = plan_traffic(workload, sharding, memory.resident, micro_batches)

@@ -20,10 +20,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hyperscale.config.run import Recipe
 from hyperscale.model.adapted import AdaptedModel, token_losses
-from hyperscale.model.backbone import BackboneFolder, build_empty, set_activation_checkpointing
+from hyperscale.model.backbone import DTYPES, BackboneFolder, build_empty, set_activation_checkpointing
 from hyperscale.model.build import Blueprint
 from hyperscale.model.task_encoders.registry import blank_features
-from hyperscale.planning.generated import generates_site_by_site
+from hyperscale.planning.generated import generates_site_by_site, tasks_of_a_step
 
 SMALL_BYTES = 1024 * 1024
 """Tensors below this share glibc's heap on CPUs (engine/host_memory.py); larger ones are mapped one by one."""
@@ -70,7 +70,9 @@ def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
         num_tasks = len(recipe.data.tasks)
         features = blank_features(recipe.adaptation, num_tasks, folder.config.hidden_size)
         generator = blueprint.build_generator(recipe.adaptation, num_tasks, recipe.seed, features)
-    by_site = generates_site_by_site(recipe, blueprint.site_map, blueprint.kinds)
+    tasks = tasks_of_a_step(recipe.data, recipe.training.batch_size, recipe.cluster.workers)
+    itemsize = DTYPES[recipe.backbone.dtype].itemsize
+    by_site = generates_site_by_site(recipe.engine, recipe.adaptation, blueprint, tasks, itemsize)
     return blueprint.adapt(backbone, generator.to("meta"), by_site)
 
 

@@ -54,7 +54,7 @@ def plan_recipe(recipe: Recipe, options: PlanOptions) -> RunPlan:
     rate = options.rate and options.rate * 1e12
     memory = options.gpu_memory or _memory_here(is_gpu, ranks // options.nodes)
     machine = Machine("cuda" if is_gpu else "cpu", ranks, options.nodes, memory, bandwidth, rate)
-    return plan_run(planned, folder, read_sharding(planned, ranks, machine.device, machine.nodes), machine)
+    return plan_run(planned, folder, read_sharding(planned.engine, ranks, machine.device, machine.nodes), machine)
 
 
 def _memory_here(is_gpu: bool, ranks_a_node: int) -> int | None:

@@ -42,7 +42,8 @@ def check_recipe(recipe: Recipe, report_phase: Callable[[str], None]) -> Preflig
     if recipe.export.format == "peft":
         require_peft_support(blueprint.site_map, folder.architecture)
     if recipe.engine.kind == "zero":
-        complete_ds_config(read_ds_config(recipe.engine.ds_config), recipe, recipe.cluster.workers, block_numel=1)
+        raw = read_ds_config(recipe.engine.ds_config)
+        complete_ds_config(raw, recipe.training, recipe.backbone, recipe.cluster.workers, block_numel=1)
     report_phase("reading the tasks")
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     corpus = load_corpus(

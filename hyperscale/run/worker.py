@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.run import Recipe
+from hyperscale.config.tracking import TrackingSettings
 from hyperscale.data.corpus import check_same_rows, load_corpus
 from hyperscale.data.descriptions import DescriptionBatch, encode_descriptions
 from hyperscale.engine.base import Engine
@@ -30,12 +32,13 @@ from hyperscale.errors import EngineError
 from hyperscale.export.exporter import export_bundles, restore_generator
 from hyperscale.export.remote import put_bundle
 from hyperscale.logger import get_logger, set_up_logging
-from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
+from hyperscale.model.backbone import DTYPES, BackboneFolder, load_dense, open_backbone, set_activation_checkpointing
 from hyperscale.model.build import Blueprint
 from hyperscale.model.description import text_features
 from hyperscale.model.generators.generator import keep_known_tasks
 from hyperscale.places import open_place
-from hyperscale.planning.generated import generates_site_by_site
+from hyperscale.planning.generated import generates_site_by_site, tasks_of_a_step
+from hyperscale.planning.memory import describe_run
 from hyperscale.planning.parts import find_parts
 from hyperscale.run.adapt import begin_from_known_tasks
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext
@@ -167,7 +170,9 @@ def build_engine(
         from hyperscale.engine.residency import agree_on_resident
         from hyperscale.engine.zero import ZeroEngine, shard_backbone
 
-        backbone, deepspeed_engine = shard_backbone(folder, recipe, device, collective.world_size)
+        backbone, deepspeed_engine = shard_backbone(
+            folder, recipe.backbone, recipe.engine, recipe.training, device, collective.world_size
+        )
     else:
         dense = load_dense(folder, recipe.backbone)
         if recipe.engine.activation_checkpointing:
@@ -183,7 +188,10 @@ def build_engine(
         if deepspeed_engine is not None:
             release_all(deepspeed_engine)
     generator = blueprint.build_generator(recipe.adaptation, num_tasks, recipe.seed, features).to(device)
-    model = blueprint.adapt(backbone, generator, generates_site_by_site(recipe, blueprint.site_map, blueprint.kinds))
+    step_tasks = tasks_of_a_step(recipe.data, recipe.training.batch_size, recipe.cluster.workers)
+    itemsize = DTYPES[recipe.backbone.dtype].itemsize
+    by_site = generates_site_by_site(recipe.engine, recipe.adaptation, blueprint, step_tasks, itemsize)
+    model = blueprint.adapt(backbone, generator, by_site)
     start = recipe.start
     fixed = keep_known_tasks(generator, start.known_tasks) if start and start.train == "new_tasks" else {}
     optimizer = GeneratorOptimizer(generator, recipe.training.optimizer, recipe.training.steps, fixed)
@@ -193,7 +201,7 @@ def build_engine(
             keep_freed_memory()
         return LocalEngine(step)
     parts = find_parts(backbone, folder.architecture)
-    residency = agree_on_resident(recipe, folder, parts, collective, device)
+    residency = agree_on_resident(recipe.engine, partial(describe_run, recipe, folder), parts, collective, device)
     if device.type == "cpu" and not residency.returns_memory:
         keep_freed_memory()
     return ZeroEngine(step, deepspeed_engine, parts, residency.parts, residency.returns_memory)
@@ -214,10 +222,10 @@ def _newest_checkpoint(session: Session) -> Checkpoint | None:
     return checkpoint
 
 
-def record_failed_run(recipe: Recipe, run: RunIdentity, message: str) -> None:
+def record_failed_run(tracking: TrackingSettings, output: str, run: RunIdentity, message: str) -> None:
     """Record a failed run whose rank 0 could not record it; the driver calls this."""
-    outcome = RunOutcome("failed", _last_step(recipe.output), 0.0, message=message[:500])
-    record_end(recipe.tracking, str(open_place(recipe.output).parent), run.key, outcome)
+    outcome = RunOutcome("failed", _last_step(output), 0.0, message=message[:500])
+    record_end(tracking, str(open_place(output).parent), run.key, outcome)
 
 
 def _last_step(folder: str) -> int:
@@ -227,9 +235,11 @@ def _last_step(folder: str) -> int:
         return 0
 
 
-def record_comparison_run(recipe: Recipe, name: str, metrics: Mapping[str, float], files: Sequence[Path]) -> None:
-    """Record a comparison in the trackers of `recipe`; the driver calls this."""
-    record_comparison(recipe.tracking, str(open_place(recipe.output).parent), name, metrics, files)
+def record_comparison_run(
+    tracking: TrackingSettings, output: str, name: str, metrics: Mapping[str, float], files: Sequence[Path]
+) -> None:
+    """Record a comparison in the trackers of one of its runs, whose folder is `output`; the driver calls this."""
+    record_comparison(tracking, str(open_place(output).parent), name, metrics, files)
 
 
 def _listeners(session: Session) -> Sequence[Callback]:
