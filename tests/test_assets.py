@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 import requests
 import torch
@@ -134,11 +135,14 @@ def test_a_missing_release_and_a_missing_pip_are_named(empty_cache: Path, monkey
     # An environment made by uv holds no pip; this one is as bare, and the PATH holds no uv either.
     bare = empty_cache.parent / "bare"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    libraries = bare / "libraries"
+    libraries.mkdir()
+    (libraries / "filelock").symlink_to(Path(filelock.__file__).parent)
     command = "from hyperscale.assets import words, packages; packages.fetch(words.BREAME)"
     done = subprocess.run(
         [str(bare / "bin" / "python"), "-c", command],
         cwd=ROOT,
-        env={"PATH": str(bare / "bin"), "HYPERSCALE_CACHE": str(empty_cache), "PYTHONPATH": str(ROOT)},
+        env={"PATH": str(bare / "bin"), "HYPERSCALE_CACHE": str(empty_cache), "PYTHONPATH": f"{ROOT}:{libraries}"},
         capture_output=True,
         text=True,
         check=False,

@@ -35,4 +35,4 @@ def test_runs_that_start_together_share_a_new_database(tmp_path: Path):
     client = MlflowClient(f"sqlite:///{root}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("hyperscale").experiment_id])
     assert {run.info.run_name for run in runs} == set(keys)
-    assert sorted(path.name for path in root.iterdir()) == ["mlflow.db"]
+    assert sorted(path.name for path in root.iterdir()) == [".mlflow.db.lock", "mlflow.db"]

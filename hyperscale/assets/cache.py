@@ -1,13 +1,14 @@
 """The cache of fetched and derived assets. Several processes can build one without seeing it half-written."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from hyperscale.errors import AssetError
 from hyperscale.logger import get_logger
@@ -44,14 +45,7 @@ def building(target: Path) -> Iterator[Path]:
         AssetError: the cache folder cannot be written or locked.
     """
     scratch = target.parent / f".{target.name}.partial"
-    lock = target.parent / f".{target.name}.lock"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stream = lock.open("a")
-    except OSError as error:
-        raise _unusable(target, error) from error
-    with stream:
-        _wait_for_lock(stream.fileno(), target)
+    with _locked(target):
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
@@ -71,15 +65,23 @@ def publish(built: Path, target: Path) -> None:
     built.replace(target)
 
 
-def _wait_for_lock(descriptor: int, target: Path) -> None:
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
     # The kernel releases the lock when the process ends, so a kill -9 leaves nothing to clean up.
+    lock = FileLock(target.parent / f".{target.name}.lock")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.info("waiting for another process that is preparing %s", target)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            _log.info("waiting for another process that is preparing %s", target)
+            lock.acquire()
     except OSError as error:
         raise _unusable(target, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _unusable(target: Path, error: OSError) -> AssetError:

@@ -7,8 +7,6 @@
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from hyperscale.export.bundle import file_digest
 from hyperscale.export.exporter import TaskOrigin, TrainedGenerator, restore_generator
 from hyperscale.export.model_card import render_card
 from hyperscale.export.portable import BackboneName, backbone_name, portable_recipe, portable_task
+from hyperscale.export.replacement import whole_folder
 from hyperscale.version import __version__
 
 CONFIG = "config.json"
@@ -103,18 +102,8 @@ def write_generator(trained: TrainedGenerator, folder: Path, licence: str = "unk
     """
     folder = folder.absolute()
     _require_own_folder(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise BundleError(f"generator {folder} cannot be written: {error.strerror}; choose another folder") from error
-    try:
+    with whole_folder(folder, "generator") as building:
         _fill(trained, building, licence)
-        _replace(folder, building)
-    except OSError as error:
-        raise BundleError(f"generator {folder} cannot be written: {error.strerror}; choose another folder") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
@@ -190,9 +179,6 @@ def _fill(trained: TrainedGenerator, folder: Path, licence: str) -> None:
     digests = "".join(f"{file_digest(folder / file)}  {file}\n" for file in (CONFIG, TENSORS, CARD))
     (folder / DIGESTS).write_text(digests, encoding="utf-8")
     # Temporary folders and safetensors files are private; a server may run as another user.
-    folder.chmod(0o755)
-    for file in folder.iterdir():
-        file.chmod(0o644)
 
 
 def _runs(trained: TrainedGenerator, backbone: str) -> tuple[list[SavedRun], Sequence[int]]:
@@ -222,21 +208,6 @@ def _require_own_folder(folder: Path) -> None:
             f"{folder} holds files that are not a saved generator's ({', '.join(others[:3])}), which would be lost; "
             "choose a new or empty folder"
         )
-
-
-def _replace(folder: Path, building: Path) -> None:
-    """Put a whole folder in the place of an earlier one, which comes back if that fails."""
-    if not folder.exists():
-        building.rename(folder)
-        return
-    earlier = building.with_name(f"{building.name}.old")
-    folder.rename(earlier)
-    try:
-        building.rename(folder)
-    except OSError:
-        earlier.rename(folder)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _read_config(folder: Path) -> GeneratorConfig:

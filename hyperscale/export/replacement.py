@@ -45,7 +45,11 @@ def replace_folder(built: Path, target: Path) -> None:
     recover_folder(target)
     if target.exists():
         target.rename(old)
-    built.rename(target)
+    try:
+        built.rename(target)
+    except OSError:
+        recover_folder(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
