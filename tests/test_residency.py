@@ -110,7 +110,8 @@ def agreed(chosen: Recipe, free: list[float]) -> tuple[Residency, int]:
     residency.free_memory = lambda _device: (int(free[collective.rank]), 0)
     try:
         folder = open_backbone(chosen.backbone)
-        decision = agree_on_resident(chosen.engine, partial(describe_run, chosen, folder), engine.parts, collective, CPU)
+        workload = partial(describe_run, chosen, folder)
+        decision = agree_on_resident(chosen.engine, workload, engine.parts, collective, CPU)
     finally:
         residency.free_memory = before
     return decision, len(engine.parts)
