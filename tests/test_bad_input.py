@@ -152,7 +152,7 @@ CASES = {
     ),
     "backbone without weights": (["backbone.name=unweighted"], ["unweighted holds no weights", "Convert with"]),
     "backbone of pickles": (["backbone.name=pickled"], ["only pytorch_model.bin, which is pickled", "Convert with"]),
-    "another family": (["backbone.name=gpt2"], ["type 'gpt2' are not supported; supported: llama, t5"]),
+    "another family": (["backbone.name=gpt2"], ["type 'gpt2' are not supported; supported: llama, "]),
     "no hub": (["backbone.name=owner/model"], ["'owner/model'", "could not be fetched from the model hub"]),
     "unknown LoRA target": (
         ["adaptation.adapters=[{kind: lora, targets: [q, gat]}]"],

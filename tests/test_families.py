@@ -15,14 +15,19 @@ from tests import tiny
 
 NUM_TASKS = 3
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+FUSED = ("qkv", "o", "gate_up", "down")
+CROSS = ("q", "k", "v", "o", "cross_q", "cross_k", "cross_v", "cross_o", "wi_0", "wi_1", "wo")
 
 
 def adapters(model_type: str) -> dict[str, dict[str, Any]]:
+    is_t5, is_fused = model_type.endswith("t5"), model_type == "phi3"
+    scaled = ("qkv",) if is_fused else ("k", "v", "cross_k", "cross_v") if is_t5 else ("k", "v")
+    targets = FUSED if is_fused else CROSS if is_t5 else PROJECTIONS
     return {
-        "lora": {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": PROJECTIONS},
+        "lora": {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": targets},
         "bottleneck": {"kind": "bottleneck", "reduction": 8},
         "conditional norm": {"kind": "bottleneck", "reduction": 8, "layer_norm": True},
-        "ia3": {"kind": "ia3"},
+        "ia3": {"kind": "ia3", "targets": (*scaled, "feed_forward")},
         "norm_delta": {"kind": "norm_delta"},
         "prefix": {"kind": "prefix", "length": 3},
     }

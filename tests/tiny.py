@@ -141,10 +141,44 @@ def _t5_sizes(folder: Path) -> dict[str, object]:
 WINDOW = 5
 """How many tokens a sliding window holds in the models of `FAMILIES`: fewer than the tests' prompts have."""
 _WINDOWED = {"use_sliding_window": True, "sliding_window": WINDOW}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_TWO_BASES = {
+    _SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+    _FULL: {"rope_type": "default", "rope_theta": 10_000.0},
+}
 FAMILIES: Mapping[str, Mapping[str, object]] = {
     "mistral": {"head_dim": 12, "sliding_window": WINDOW},
     "qwen2": {**_WINDOWED, "max_window_layers": 1},
     "qwen3": {"head_dim": 12, **_WINDOWED, "max_window_layers": 1},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 1.7,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "smollm3": {**_WINDOWED, "no_rope_layer_interval": 2},
+    "gemma2": {
+        "head_dim": 12,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 9,
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {
+        "head_dim": 12,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 9,
+        "final_logit_softcapping": 2.0,
+        "rope_parameters": _TWO_BASES,
+    },
+    "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW, "layer_types": [_SLIDING, _FULL], "rope_parameters": _TWO_BASES},
+    "phi3": {"sliding_window": WINDOW},
+    "mt5": {},
+    "umt5": {},
 }
 """Model type -> fields of a tiny model's configuration in which what sets the family apart has an effect."""
 

@@ -34,5 +34,7 @@ def _encoder_decoder(model_type: str, stem: str, mask_argument: str) -> Architec
 
 
 T5 = _encoder_decoder("t5", "T5", mask_argument="mask")
+MT5 = _encoder_decoder("mt5", "MT5", mask_argument="mask")
+UMT5 = _encoder_decoder("umt5", "UMT5", mask_argument="attention_mask")
 
-ROWS = (T5,)
+ROWS = (T5, MT5, UMT5)
