@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.generators.generator import group_specs
-from hyperscale.model.sites import Site
+from hyperscale.model.sites import Site, is_norm
 
 Plain = Mapping[str, Tensor]
 
@@ -111,6 +113,8 @@ class PlainLinear(nn.Module):
             if kind == "ia3" and position == "feed_forward":
                 x = x * (1 + weights["delta"])
         y = x @ self.base.weight.T
+        if self.base.bias is not None:
+            y = y + self.base.bias
         for (kind, _), weights in self.at.items():
             if kind == "lora":
                 y = y + x @ (weights["b"] @ weights["a"]).T
@@ -133,14 +137,21 @@ class PlainLinear(nn.Module):
 
 
 class PlainNorm(nn.Module):
-    """`(w + δ) ⊙ x / rms(x)`."""
+    """`(w + δ) ⊙ x / rms(x)`; Gemma's: `(1 + w + δ) ⊙ x / rms(x)`."""
 
     def __init__(self, base: Any, delta: Tensor) -> None:
         super().__init__()
-        self.weight, self.eps, self.delta = base.weight, base.variance_epsilon, delta
+        self.weight, self.delta = base.weight, delta
+        self.one, self.eps = constants(base)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.weight + self.delta) * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (self.one + self.weight + self.delta) * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+def constants(norm: Any) -> tuple[int, float]:
+    """Return what a norm adds to its weight, and its epsilon."""
+    is_gemma = type(norm).__name__.startswith("Gemma")
+    return int(is_gemma), norm.eps if is_gemma else norm.variance_epsilon
 
 
 class PlainAttention(nn.Module):
@@ -153,7 +164,7 @@ class PlainAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Any, ...]:
         base, length = self.base, len(self.keys)
-        is_t5 = hasattr(base, "key_value_proj_dim")
+        is_t5, is_umt5 = hasattr(base, "key_value_proj_dim"), type(base).__name__ == "UMT5Attention"
         names = ("q", "k", "v", "o") if is_t5 else ("q_proj", "k_proj", "v_proj", "o_proj")
         q, k, v, o = (getattr(base, name) for name in names)
         width = base.key_value_proj_dim if is_t5 else base.head_dim
@@ -175,9 +186,12 @@ class PlainAttention(nn.Module):
                 heads.append(torch.softmax(scores, 0) @ values[:num_visible, shared])
             rows.append(torch.cat(heads))
         attended = o(torch.stack(rows).unsqueeze(0))
-        return (attended, None, None) if is_t5 else (attended, None)
+        return (attended, None, None) if is_t5 and not is_umt5 else (attended, None)
 
     def _bias(self, place: int, num_visible: int, head: int) -> Tensor:
+        if type(self.base).__name__ == "UMT5Attention":  # there every attention has a bias of its own
+            buckets = self.base._relative_position_bucket(torch.arange(num_visible) - place)
+            return self.base.relative_attention_bias.weight[buckets, head]
         first = self.first[0]
         buckets = first._relative_position_bucket(
             torch.arange(num_visible) - place, not first.is_decoder, first.relative_attention_num_buckets
@@ -197,7 +211,7 @@ def rotated(states: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor
 def exact_norms(backbone: nn.Module) -> None:
     """Let a backbone's norms and rotations compute in the dtype of their input: transformers has fp32 in them."""
     for module in backbone.modules():
-        if hasattr(module, "variance_epsilon"):
+        if is_norm(module):
             module.forward = MethodType(_exact_norm, module)
         if type(module).__name__ == "LlamaRotaryEmbedding":
             half = module.inv_freq.shape[0]
@@ -206,12 +220,96 @@ def exact_norms(backbone: nn.Module) -> None:
 
 
 def _exact_norm(norm: Any, x: Tensor) -> Tensor:
-    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+    one, eps = constants(norm)
+    return (one + norm.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
 def _exact_rotation(rotary: Any, _x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     angles = position_ids[..., None] * torch.cat([rotary.inv_freq] * 2)
     return angles.cos(), angles.sin()
+
+
+REFERENCE = "hyperscale_reference"
+"""The name of `reference_attention` for `config._attn_implementation`."""
+
+
+def reference_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally over one unpadded sample, a head and a token at a time: no mask is read.
+
+    The module's `prefix_rows`, if it has any, come before the text and are visible to every token, whatever the window.
+    """
+    width, shared = query.shape[-1], query.shape[1] // key.shape[1]
+    keys, values = key[0], value[0]
+    length = 0
+    if hasattr(module, "prefix_rows"):
+        rows = [one.unflatten(-1, (-1, width)).transpose(0, 1) for one in module.prefix_rows]
+        keys, values, length = torch.cat([rows[0], keys], 1), torch.cat([rows[1], values], 1), rows[0].shape[1]
+    tokens = []
+    for place in range(query.shape[2]):
+        first = 0 if sliding_window is None else max(0, place - sliding_window + 1)
+        visible = [*range(length), *range(length + first, length + place + 1)]
+        heads = []
+        for head in range(query.shape[1]):
+            scores = keys[head // shared, visible] @ query[0, head, place] * scaling
+            scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+            heads.append(torch.softmax(scores, 0) @ values[head // shared, visible])
+        tokens.append(torch.stack(heads))
+    return torch.stack(tokens).unsqueeze(0), None
+
+
+AttentionInterface.register(REFERENCE, reference_attention)
+AttentionMaskInterface.register(REFERENCE, eager_mask)
+
+
+def compare(
+    ours: AdaptedModel, theirs: AdaptedModel, chosen: AdaptationSettings, batch: Mapping[str, Tensor], tasks: Tensor
+) -> None:
+    """Compare a mixed batch, padded on the right, with each row alone among plain modules; and the gradients.
+
+    Both models must hold the same weights, in float64. The hooks of `theirs` are removed.
+    """
+    theirs.injection.remove()
+    mask, is_seq2seq = batch["attention_mask"].bool(), ours.architecture.is_encoder_decoder
+    with ours.adapting(tasks):
+        mixed = ours.backbone(**batch, use_cache=False).logits
+    real = torch.ones(mixed.shape[:2], dtype=torch.bool) if is_seq2seq else mask
+    mixed[real].square().sum().backward()
+
+    layers = {site.name: theirs.backbone.get_submodule(site.name) for site in theirs.site_map.sites}
+    untouched, expected = [], []
+    for row, task in enumerate(tasks.tolist()):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        for name in ("input_ids", "attention_mask"):
+            alone[name] = alone[name][:, mask[row]]
+        for name, layer in sorted(layers.items()):  # the attention comes before what lies in it
+            replace(theirs.backbone, name, layer)
+            vars(layer).pop("prefix_rows", None)
+        untouched.append(theirs.backbone(**alone, use_cache=False).logits[0])
+        put_in(theirs.backbone, {site: weights(theirs, chosen, task, site) for site in theirs.site_map.sites}, chosen)
+        if theirs.backbone.config._attn_implementation == REFERENCE:
+            start = next((one.length for one in chosen.adapters if one.kind == "prefix"), 0)
+            alone["position_ids"] = torch.arange(start, start + alone["input_ids"].shape[1]).unsqueeze(0)
+        expected.append(theirs.backbone(**alone, use_cache=False).logits[0])
+    torch.cat(expected).square().sum().backward()
+
+    torch.testing.assert_close(mixed[real], torch.cat(expected), rtol=1e-9, atol=1e-9)
+    assert (mixed[real] - torch.cat(untouched)).abs().max() > 1e-2
+    for (name, parameter), other in zip(ours.generator.named_parameters(), theirs.generator.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if parameter.grad is not None:
+            rounding = 1e-8 * max(1.0, parameter.grad.abs().max().item())
+            assert (parameter.grad - other.grad).abs().max() <= rounding, name
+    assert not any(parameter.requires_grad for parameter in ours.backbone.parameters())
 
 
 def put_in(backbone: nn.Module, weights: Mapping[Site, Plain], chosen: AdaptationSettings) -> None:
@@ -232,7 +330,10 @@ def put_in(backbone: nn.Module, weights: Mapping[Site, Plain], chosen: Adaptatio
             layer = backbone.get_submodule(site.name)
             (values,) = [rows for other, rows in prefixes.items() if other.name == site.name and other != site]
             first = firsts.setdefault(site.stack, layer)
-            replace(backbone, site.name, PlainAttention(layer, keys["rows"], values["rows"], first))
+            if backbone.config._attn_implementation == REFERENCE:
+                layer.prefix_rows = (keys["rows"], values["rows"])
+            else:
+                replace(backbone, site.name, PlainAttention(layer, keys["rows"], values["rows"], first))
 
 
 def replace(backbone: nn.Module, name: str, module: nn.Module) -> None:

@@ -11,8 +11,9 @@ from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.architectures import architecture_of
 from hyperscale.model.sites import is_norm
-from tests import tiny
+from tests import plain, tiny
 
+LONG = pytest.mark.long
 NUM_TASKS = 3
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 FUSED = ("qkv", "o", "gate_up", "down")
@@ -43,9 +44,14 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.tiny_family(tmp_path_factory.mktemp("families") / family, family)
 
 
-def model(folder: Path, family: str, *kinds: str, generator: str = "hypernetwork", **backbone: Any) -> AdaptedModel:
+def settings(family: str, *kinds: str, generator: str = "hypernetwork") -> AdaptationSettings:
     chosen = {"generator": {"kind": generator}, "adapters": [adapters(family)[kind] for kind in kinds]}
-    return tiny.adapted_model(folder, AdaptationSettings.model_validate(chosen).model_dump(), NUM_TASKS, **backbone)
+    return AdaptationSettings.model_validate(chosen)
+
+
+def model(folder: Path, family: str, *kinds: str, generator: str = "hypernetwork", **backbone: Any) -> AdaptedModel:
+    chosen = settings(family, *kinds, generator=generator)
+    return tiny.adapted_model(folder, chosen.model_dump(), NUM_TASKS, **backbone)
 
 
 def questions(adapted: AdaptedModel, rows: int = 4, length: int = 9) -> dict[str, Tensor]:
@@ -74,6 +80,29 @@ def test_step_0_is_exactly_the_untouched_backbone(family: str, folder: Path, dty
     with adapted.adapting(tasks):
         assert not torch.equal(logits(adapted, batch), untouched)
     assert torch.equal(logits(adapted, batch), untouched)
+
+
+KINDS = ("lora", "bottleneck", "conditional norm", "ia3", "norm_delta", "prefix")
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [("lora", "conditional norm", "ia3", "norm_delta", "prefix"), *(pytest.param((kind,), marks=LONG) for kind in KINDS)],
+    ids="+".join,
+)
+def test_adapters_are_the_plain_formulas(family: str, folder: Path, kinds: tuple[str, ...]):
+    """In float64, against transformers' own blocks with plain modules in them; forward and gradient."""
+    backbone = {"attention": "sdpa"} if architecture_of(family).is_encoder_decoder else {}
+    ours, theirs = (model(folder, family, *kinds, **backbone) for _ in range(2))
+    for adapted in (ours, theirs):
+        adapted.generator.double()
+        tiny.disturb(adapted.generator, std=0.2)
+        adapted.backbone.double()
+        adapted.dtype = torch.float64
+        plain.exact_norms(adapted.backbone)
+    if not backbone:
+        theirs.backbone.config._attn_implementation = plain.REFERENCE
+    plain.compare(ours, theirs, settings(family, *kinds), questions(ours), torch.tensor([2, 0, 1, 0]))
 
 
 def test_the_table_names_every_layer(family: str, folder: Path):

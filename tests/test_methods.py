@@ -113,38 +113,7 @@ def test_batched_generation_and_hooks_are_the_plain_formulas(
         adapted.backbone.double()
         adapted.dtype = torch.float64
         plain.exact_norms(adapted.backbone)
-    theirs.injection.remove()
-    batch, tasks = questions(ours), torch.tensor([2, 0, 1, 0])
-    mask = batch["attention_mask"].bool()
-
-    with ours.adapting(tasks):
-        mixed = logits(ours, batch)
-    real = torch.ones(mixed.shape[:2], dtype=torch.bool) if ours.architecture.is_encoder_decoder else mask
-    mixed[real].square().sum().backward()
-
-    untouched = logits(theirs, batch)[real]
-    layers = {site.name: theirs.backbone.get_submodule(site.name) for site in theirs.site_map.sites}
-    expected = []
-    for row, task in enumerate(tasks.tolist()):
-        for name, layer in sorted(layers.items()):  # the attention comes before what lies in it
-            plain.replace(theirs.backbone, name, layer)
-        plain_weights = {site: plain.weights(theirs, chosen, task, site) for site in theirs.site_map.sites}
-        plain.put_in(theirs.backbone, plain_weights, chosen)
-        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        for name in ("input_ids", "attention_mask"):
-            alone[name] = alone[name][:, mask[row]]
-        expected.append(logits(theirs, alone)[0])
-    torch.cat(expected).square().sum().backward()
-
-    torch.testing.assert_close(mixed[real], torch.cat(expected), rtol=1e-9, atol=1e-9)
-    assert (mixed[real] - untouched).abs().max() > 1e-2
-    for (name, parameter), other in zip(ours.generator.named_parameters(), theirs.generator.parameters(), strict=True):
-        assert (parameter.grad is None) == (other.grad is None), name
-        if parameter.grad is not None:
-            torch.testing.assert_close(
-                parameter.grad, other.grad, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    assert not any(parameter.requires_grad for parameter in ours.backbone.parameters())
+    plain.compare(ours, theirs, chosen, questions(ours), torch.tensor([2, 0, 1, 0]))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("prefix", "all")])
