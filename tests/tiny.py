@@ -115,7 +115,8 @@ def tiny_t5(folder: Path, **changes: object) -> Path:
     Returns:
         `folder`. Its logits are of order 1.
     """
-    return _save(T5ForConditionalGeneration, T5Config(**(_t5_sizes(folder) | changes)), folder)
+    config = T5Config(**(_t5_sizes(folder) | changes))
+    return _save(T5ForConditionalGeneration, config, folder, has_own_head=not config.scale_decoder_outputs)
 
 
 def _t5_sizes(folder: Path) -> dict[str, object]:
@@ -190,12 +191,25 @@ def tiny_family(folder: Path, model_type: str, **changes: object) -> Path:
     """
     row = architecture_of(model_type)
     sizes = _t5_sizes(folder) if row.is_encoder_decoder else _llama_sizes(folder)
-    config = CONFIG_MAPPING[model_type](**{**sizes, **FAMILIES.get(model_type, {}), **changes})
-    return _save(getattr(transformers, row.model_class), config, folder, disturbed=True)
+    fields = {**sizes, **FAMILIES.get(model_type, {}), **changes}
+    has_own_head = fields["tie_word_embeddings"] is False
+    config = CONFIG_MAPPING[model_type](**fields)
+    return _save(getattr(transformers, row.model_class), config, folder, has_own_head, disturbed=True)
 
 
-def _save(model_class: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, disturbed: bool = False) -> Path:
-    """`disturbed`: make the weights of norms and the biases random; transformers starts them all alike."""
+def _save(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    folder: Path,
+    has_own_head: bool = False,
+    disturbed: bool = False,
+) -> Path:
+    """Save a random model.
+
+    Args:
+        has_own_head: give an encoder-decoder a head of its own, whatever transformers makes of its configuration.
+        disturbed: make the weights of norms and the biases random too; transformers starts them all alike.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config)
@@ -204,7 +218,7 @@ def _save(model_class: type[PreTrainedModel], config: PreTrainedConfig, folder: 
                 parameter.data.mul_(4)  # at random the decoder would see only the mean of its source, which is nothing
             if disturbed and (name.endswith("bias") or is_norm(model.get_submodule(name.rpartition(".")[0]))):
                 parameter.data.add_(0.2 * torch.randn(parameter.shape))
-        if isinstance(config, T5Config) and not config.scale_decoder_outputs:
+        if has_own_head and config.is_encoder_decoder:
             # T5 v1.1 has a head of its own, which transformers 5 makes only when it reads one. Its std stands in for
             # the 1 / sqrt(d_model) that v1.1 no longer applies: logits of 20 would hide every difference in a softmax.
             head = torch.randn(config.vocab_size, config.d_model) * config.d_model**-0.5

@@ -10,8 +10,6 @@ _NORMS = {
 }
 
 GEMMA2 = decoder_only("gemma2", "Gemma2", with_norms(_NORMS), may_slide=True)
-GEMMA3_TEXT = decoder_only(
-    "gemma3_text", "Gemma3", with_norms({**_NORMS, **QUERY_AND_KEY_NORMS}), may_slide=True
-)
+GEMMA3_TEXT = decoder_only("gemma3_text", "Gemma3", with_norms({**_NORMS, **QUERY_AND_KEY_NORMS}), may_slide=True)
 
 ROWS = (GEMMA2, GEMMA3_TEXT)
