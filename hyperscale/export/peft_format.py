@@ -48,10 +48,7 @@ def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None
     if kinds == ["prefix"] and architecture.is_encoder_decoder:
         return "prefix adapters of an encoder-decoder: PEFT gives its layers each other's prefixes"
     if kinds == ["prefix"] and architecture.may_slide:
-        return (
-            f"prefix adapters of {architecture.model_type} backbones: in PEFT a sliding window moves past the prefix, "
-            "which here stays visible"
-        )
+        return "prefix adapters of a family with sliding windows: in PEFT a window moves past the prefix"
     return None
 
 
