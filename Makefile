@@ -18,7 +18,7 @@ help: ## show this list
 demo: .venv/.runtime ## train several real tasks on two ZeRO-3 workers under Ray, evaluate, export
 	$(BIN)/hyperscale train demo
 
-test: .venv/.dev ## every test but those marked `long`
+test: .venv/.dev ## every test except those marked `long`
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: .venv/.dev ## the tests marked `long`, least recently run first, for at most HYPERSCALE_LONG_MINUTES (55)

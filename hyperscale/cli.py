@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Read the arguments; `key=value` overrides may stand on either side of options, which argparse alone refuses."""
+    """Read the arguments; `key=value` overrides may stand on either side of options, which argparse alone rejects."""
     parser, verbs = _parsers()
     if not words:
         parser.print_help(sys.stderr)
@@ -72,7 +72,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     common.add_argument(
         "--debug",
         action="store_true",
-        default=argparse.SUPPRESS,  # or the command's default would undo a --debug in front of it
+        default=argparse.SUPPRESS,  # the command's default would otherwise undo a --debug before it
         help="show tracebacks and everything that is logged",
     )
     parser = argparse.ArgumentParser(
@@ -163,7 +163,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     predict.add_argument("--input", required=True, type=Path, help="JSONL, CSV or Parquet with the prompt's columns")
     predict.add_argument("--output", required=True, type=Path, help="JSONL to write: the rows with 'prediction' added")
-    predict.add_argument("--backbone", help="the backbone folder on this machine, if it is not where it was")
+    predict.add_argument("--backbone", help="the backbone's folder, if it has moved since training")
     predict.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="precision of the backbone (default: as trained)"
     )
@@ -209,7 +209,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     verb("schema", commands.schema, "print the JSON schema of a recipe")
     verb("doctor", commands.doctor, "list what this machine has and what is missing")
 
-    track = verb("track", commands.track, "send the trackers what they lack of a run")
+    track = verb("track", commands.track, "send the records that a run's trackers lack")
     track.add_argument("folder", help="the run folder")
     track.add_argument("--to", metavar="NAME", help="one tracker (default: those that the recipe enables)")
     track.add_argument("--uri", help="the tracker's server or database (default: the recipe's)")

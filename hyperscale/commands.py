@@ -85,7 +85,7 @@ def compare(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: at least one run must be trained at a time")
     if options.jobs > 1 and options.launcher != "local":
-        raise ConfigError(f"--jobs {options.jobs} starts one process with one worker a run; add --launcher local")
+        raise ConfigError(f"--jobs {options.jobs} starts one process with one worker per run; add --launcher local")
     comparison = load_comparison(options.comparison)
     if options.only:
         comparison = only_methods(comparison, options.only)

@@ -1,4 +1,4 @@
-"""Everything a user can do wrong ends in one of these.
+"""The errors that a user can cause and fix.
 
 Each message says what is wrong, where, and what to do about it. The command line prints the message alone and
 exits with `exit_code`; `--debug` adds the traceback. Anything else that escapes is a defect of ours.

@@ -19,7 +19,7 @@ def set_up_logging(level: str | None = None, rank: int = 0) -> None:
 
     Rank 0 logs at `level` (default: `HYPERSCALE_LOG`, else INFO), other ranks at ERROR, so each event is logged once.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is to those who write the code
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for developers
     root = logging.getLogger("hyperscale")
     level_name = (level or os.environ.get("HYPERSCALE_LOG", "INFO")).upper()
     root.setLevel(level_name if rank == 0 else max(logging.ERROR, logging.getLevelNamesMapping().get(level_name, 20)))

@@ -48,7 +48,7 @@ class Place:
         return Place(self.fs, f"{self.path.rstrip('/')}/{name}")
 
     def children(self) -> tuple["Place", ...]:
-        """Return what lies here, in the order of names; nothing if the place does not exist."""
+        """Return the entries of this folder, sorted by name; none if the folder does not exist."""
         # Object stores cache their listings: another process may have written since.
         self.fs.invalidate_cache()
         try:
@@ -80,7 +80,7 @@ def is_uri(path: str | Path) -> bool:
 
 
 def local_path(path: str | Path) -> Path:
-    """Return a path that must be on this machine, relative to the working directory as it was given.
+    """Return a path that must be on this machine; a relative path stays relative.
 
     Raises:
         RunFolderError: it is a URI.

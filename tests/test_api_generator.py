@@ -341,4 +341,4 @@ def test_the_hub(saved: Path, tmp_path: Path) -> None:
     failed = subprocess.run(
         [sys.executable, "-c", missing], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert "me/ours is no folder on this machine, and the hub does not give it" in failed.stderr
+    assert "me/ours is not a folder on this machine, and the hub does not provide it" in failed.stderr

@@ -168,7 +168,7 @@ def test_a_wrong_folder_gives_one_clear_error(tiny_llama_folder: Path, tmp_path:
     assert f"has no config.json in {tmp_path}; give a folder saved by save_pretrained" in opening_error(tmp_path)
     config = tmp_path / "config.json"
     config.write_text("{")
-    assert f"{config} is no model's configuration: " in opening_error(tmp_path)
+    assert f"{config} is not a model's configuration: " in opening_error(tmp_path)
     config.write_text("[]")
     assert "it names no model_type" in opening_error(tmp_path)
     for model_type in ("bert", "llamma", "not-in-transformers"):
@@ -189,7 +189,7 @@ def test_a_wrong_folder_gives_one_clear_error(tiny_llama_folder: Path, tmp_path:
     weights = (tiny_llama_folder / "model.safetensors").read_bytes()
     for damaged in (b"", b"not safetensors at all", weights[: len(weights) // 2]):
         (tmp_path / "model.safetensors").write_bytes(damaged)
-        assert "is no safetensors file or is cut short" in opening_error(tmp_path)
+        assert "is not a safetensors file or is truncated" in opening_error(tmp_path)
 
 
 def test_a_hub_id_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch):
@@ -197,5 +197,5 @@ def test_a_hub_id_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatc
     lookups: list[object] = []
     monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: lookups.append(host))
     message = opening_error("some-owner/some-model")
-    assert "'some-owner/some-model' is no folder here and could not be fetched from the model hub" in message
+    assert "'some-owner/some-model' is not a folder here and could not be fetched from the model hub" in message
     assert lookups == []

@@ -116,7 +116,7 @@ CASES = {
         ["adaptation.generator.kind=hyper"],
         ["adaptation.generator.kind", "hypernetwork, per_layer, independent"],
     ),
-    "sections disagree": (["training.batch_size=5"], ["training.batch_size 5 is no multiple of", "use 4 or 6"]),
+    "sections disagree": (["training.batch_size=5"], ["training.batch_size 5 is not a multiple of", "use 4 or 6"]),
     "override without value": (["training.steps"], ["'training.steps'", "dotted.key=value"]),
     "override of no YAML": (["training.steps=[1"], ["'training.steps=[1'", "not valid YAML"]),
     "override below a value": (["training.steps.x=1"], ["'training.steps' is 2, not a section"]),
@@ -267,7 +267,7 @@ def test_an_unusable_run_folder_is_an_error(
     assert_fails(
         run(capsys, *TRAIN), "holds an earlier run (its last checkpoint is step-000002)", "--resume", "output="
     )
-    assert_fails(run(capsys, *TRAIN, "output=toy.jsonl"), "toy.jsonl is a file, a run needs a folder")
+    assert_fails(run(capsys, *TRAIN, "output=toy.jsonl"), "toy.jsonl is a file, but a run needs a folder")
     assert_fails(run(capsys, *TRAIN, "output=toy.jsonl/run"), "cannot be written", "Choose another `output=`")
     assert_fails(run(capsys, *TRAIN, "output="), "output: None is not allowed")
     assert_fails(run(capsys, *TRAIN, "output=s4://bucket/run"), "s4://bucket/run", "s4")
@@ -326,7 +326,7 @@ def test_missing_folders_and_tasks_are_errors(place: Path, earlier: Path, capsys
     assert_fails(
         run(capsys, "evaluate", "nothere"), "nothere does not exist", "Give a checkpoint, or the folder of a run"
     )
-    assert_fails(run(capsys, "evaluate", "llama"), "is no checkpoint and no run folder with one")
+    assert_fails(run(capsys, "evaluate", "llama"), "is neither a checkpoint nor a run folder with one")
     assert_fails(run(capsys, "export", "nothere"), "nothere does not exist")
     assert_fails(run(capsys, "export", earlier, "--task", "toyy"), "has no task 'toyy'. Did you mean 'toy'?")
     assert_fails(run(capsys, "export", earlier, "--output", "toy.jsonl/x"), "cannot be written to toy.jsonl/x")
@@ -355,7 +355,7 @@ def test_wrong_input_of_predict_is_an_error(
     def predict(folder: Path, source: str, *more: object) -> Outcome:
         return run(capsys, "predict", folder, "--input", source, "--output", answers, *more)
 
-    assert_fails(predict(place / "llama", "toy.jsonl"), "is no bundle: it has no hyperscale.json")
+    assert_fails(predict(place / "llama", "toy.jsonl"), "is not a bundle: it has no hyperscale.json")
     assert_fails(predict(damaged, "toy.jsonl"), "adapter_model.safetensors is damaged", "export it again")
     assert_fails(predict(bundle, "gone.jsonl"), "--input gone.jsonl: no such file")
     assert_fails(predict(bundle, "empty.jsonl"), "empty.jsonl has no rows")
@@ -365,6 +365,8 @@ def test_wrong_input_of_predict_is_an_error(
     assert_fails(predict(bundle, "toy.jsonl", "--batch-size", 0), "--batch-size 0")
     assert_fails(predict(bundle, "toy.jsonl", "--backbone", "nowhere"), "'nowhere' is neither a folder nor")
     assert_fails(predict(bundle, "toy.jsonl", "--output", tmp_path), "is a folder; name a JSONL file")
-    assert_fails(predict(bundle, "toy.jsonl", "--output", tmp_path / "no" / "a.jsonl"), "does not exist; make it first")
+    assert_fails(
+        predict(bundle, "toy.jsonl", "--output", tmp_path / "no" / "a.jsonl"), "does not exist; create it first"
+    )
     assert not answers.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}

@@ -263,7 +263,7 @@ def test_runs_at_one_time_make_the_same_records(place: Path, capsys: pytest.Capt
     one = run(capsys, "compare", file, "--launcher", "local")
     assert one.code == 0, one.err
     assert "1 seed a method, 4 steps × 4 samples" in one.out, "single-task runs share the steps"
-    assert "All methods were given one learning rate." in one.out
+    assert "All methods use the same learning rate." in one.out
     (place / "results").rename(place / "one")
     together = run(capsys, "compare", file, "--launcher", "local", "--jobs", 2)
     assert together.code == 0, together.err
@@ -307,7 +307,9 @@ def test_a_killed_run_reports_what_to_do(place: Path) -> None:
         while not (processes := [one for one in psutil.Process().children() if str(child) in one.cmdline()]):
             assert not running.done(), running.exception()
         processes[0].kill()
-        with pytest.raises(ResourceError, match=r"was killed, .* with fewer --jobs each run has more of it") as killed:
+        with pytest.raises(
+            ResourceError, match=r"was killed, .* fewer --jobs leave more memory for each run"
+        ) as killed:
             running.result()
     assert f"(exit code -9; its whole output is in {log})" in str(killed.value)
 
@@ -337,7 +339,7 @@ def test_one_of_several_runs_fails(place: Path, capsys: pytest.CaptureFixture[st
     ("options", "message"),
     [
         (("--jobs", 0, "--launcher", "local"), "--jobs 0: at least one run must be trained at a time"),
-        (("--jobs", 2), "--jobs 2 starts one process with one worker a run; add --launcher local"),
+        (("--jobs", 2), "--jobs 2 starts one process with one worker per run; add --launcher local"),
     ],
 )
 def test_an_impossible_number_of_jobs_is_an_error(
@@ -357,7 +359,7 @@ def rate_of(row: dict[str, float]) -> str:
     [
         (
             {"baseline": "share"},
-            "baseline 'share' is none of the methods hypernetwork, shared, alone. Did you mean 'shared'?",
+            "baseline 'share' is not one of the methods hypernetwork, shared, alone. Did you mean 'shared'?",
         ),
         ({"seeds": [0, 1]}, "search_seed 0 is among seeds; the final seeds must be fresh"),
         ({"learning_rates": [0.1, 0]}, "learning_rates[1]: 0 is not allowed: must be greater than 0"),

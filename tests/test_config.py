@@ -176,13 +176,12 @@ def test_contradicting_sections_are_reported_together(tmp_path: Path):
         f"{path}: adaptation.adapters lists the kind 'bottleneck' more than once; put all its targets in one entry; "
         "export.format 'peft' cannot express bottleneck; use 'native' or 'auto', or keep only lora, only ia3 or only "
         "prefix adapters; "
-        "training.batch_size 50 is no multiple of cluster.workers × training.micro_batch_size = 3 × 8; use 48 or 72; "
-        "training.optimizer.warmup_steps 21 is more than training.steps 20, so the full learning rate would never be "
+        "training.batch_size 50 is not a multiple of cluster.workers × training.micro_batch_size = 3 × 8; use 48 or 72"
+        "; training.optimizer.warmup_steps 21 is more than training.steps 20, so the full learning rate would never be "
         "reached; set training.optimizer.warmup_steps=2"
     )
-    assert problems(path, "adaptation.adapters=[{kind: lora}]", "cluster.workers=4") == [
-        f"{path}: training.batch_size 16 is no multiple of cluster.workers × training.micro_batch_size = 4 × 8; use 32"
-    ]
+    message = "training.batch_size 16 is not a multiple of cluster.workers × training.micro_batch_size = 4 × 8; use 32"
+    assert problems(path, "adaptation.adapters=[{kind: lora}]", "cluster.workers=4") == [f"{path}: {message}"]
     path = write(tmp_path)
     assert "tasks lists movies more than once" in problems(path, "data.tasks=[movies, plural, movies]")[0]
     assert "is relative to the folder in which a worker" in problems(path, "tracking.mlflow.uri=sqlite:///mlflow.db")[0]

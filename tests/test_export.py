@@ -288,7 +288,7 @@ def test_a_damaged_bundle_is_an_error(trained: TrainedGenerator, tmp_path: Path)
         [
             ("adapter_model.safetensors", b"\0", "adapter_model.safetensors is damaged"),
             ("adapter_config.json", None, "lacks the file adapter_config.json; export it again"),
-            ("hyperscale.json", None, "is no bundle: it has no hyperscale.json"),
+            ("hyperscale.json", None, "is not a bundle: it has no hyperscale.json"),
             ("hyperscale.json", b"{", "hyperscale.json is not valid JSON"),
             ("hyperscale.json", b"[]", "hyperscale.json"),
             ("hyperscale.json", b'{"version": 7}', "bundle version 7; this hyperscale reads version 1"),

@@ -78,7 +78,7 @@ def test_a_registered_generator(tiny_llama_folder):
 def test_an_invalid_registration_is_an_error(tiny_llama_folder):
     with pytest.raises(PluginError, match="adapter kind 'a_scale': has_peft_form must be true exactly where peft is"):
         register_adapter_kind(ScaleSettings, Scale)
-    with pytest.raises(PluginError, match=r"is no settings class: derive it from AdapterSection"):
+    with pytest.raises(PluginError, match=r"is not a settings class: derive it from AdapterSection"):
         register_adapter_kind(SharedSettings, Scale)  # type: ignore[arg-type]
     with pytest.raises(PluginError, match=r'AdapterSection has no kind: declare `kind: Literal\["name"\] = "name"`'):
         register_adapter_kind(AdapterSection, Scale)

@@ -162,7 +162,7 @@ def test_a_mixed_run_is_trained_scored_exported_and_predicts(
     t5, llama = (tmp_path / family / "bundles" / "atis" for family in ("t5", "llama"))
     failure = run(capsys, "predict", t5, "--input", tmp_path / "long.jsonl", "--output", answers)
     assert failure.errors == [
-        f"{tmp_path}/long.jsonl:1: more words than the backbone has sentinels for (T5: 99); divide the sentence"
+        f"{tmp_path}/long.jsonl:1: more words than the backbone has sentinels for (T5: 99); split the sentence"
     ]
     outcome = run(capsys, "predict", llama, "--input", tmp_path / "long.jsonl", "--output", answers)
     assert outcome.code == 0, outcome.err

@@ -144,7 +144,7 @@ def test_wrong_rows_and_bundles_of_predict_are_errors(
         (one, [], [], f"{file} has no rows"),
         (one, [good], ["--backbone", str(another)], f"{another} is another model"),
         (one, [good], ["--batch-size", "0"], "--batch-size 0"),
-        ([str(tmp_path)], [good], [], "is no bundle: it has no hyperscale.json"),
+        ([str(tmp_path)], [good], [], "is not a bundle: it has no hyperscale.json"),
         (one, [good], ["--output", str(tmp_path / "none" / "x.jsonl")], "none does not exist"),
     ]:
         write_rows(file, rows)

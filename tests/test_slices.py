@@ -114,11 +114,11 @@ def test_the_error_for_a_damaged_file_names_it(tmp_path: Path):
     assert f"of {len(whole) - 1}; fetch the file again" in indexing_error(broken)
     for start in (b"", whole[:5], whole[:60], b"pytorch's pickled weights" * 10):
         broken.write_bytes(start)
-        assert "is no safetensors file" in indexing_error(broken)
+        assert "is not a safetensors file" in indexing_error(broken)
     broken.write_bytes((20).to_bytes(8, "little") + b"x" * 30)
-    assert "its header is not one" in indexing_error(broken)
+    assert "its header is invalid" in indexing_error(broken)
     for header in ([1], {"w": 3}, {"w": {"dtype": "F32", "shape": [1]}}):
-        assert "is no safetensors file" in indexing_error(write(broken, header, b""))
+        assert "is not a safetensors file" in indexing_error(write(broken, header, b""))
     quantised = {"w": {"dtype": "I8", "shape": [4], "data_offsets": [0, 4]}}
     assert "tensor 'w' is I8; a backbone's weights are F32, BF16, F16, F64" in indexing_error(
         write(broken, quantised, b"1234")

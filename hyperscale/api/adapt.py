@@ -160,7 +160,7 @@ class MultiTaskModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, task_ids: Sequence[Task] | Tensor | None = None, **options: Any) -> Any:
-        """Generate as transformers' `generate` does, each sample with its task's adapters, made once.
+        """Generate as transformers' `generate` does, each sample with its task's adapters, generated once.
 
         Args:
             input_ids: [B, T]; decoder-only models want padding on the left.
@@ -217,7 +217,7 @@ class MultiTaskModel(nn.Module):
         return written
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
+        """Print the number of trained parameters and of all parameters."""
         trained, frozen = num_parameters(self.generator), num_parameters(self.backbone)
         total = trained + frozen
         print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
@@ -227,7 +227,7 @@ class MultiTaskModel(nn.Module):
         return self.generator.state_dict(*args, prefix=f"{prefix}{_GENERATOR}", **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take up what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         own = {name.removeprefix(_GENERATOR): tensor for name, tensor in state_dict.items()}
         return self.generator.load_state_dict(own, strict=strict, assign=assign)
 

@@ -99,7 +99,7 @@ class Generator:
         return tensors_by_module(self._trained.weights_of(self.tasks.index(task)), self._trained.site_map)
 
     def describe(self, text: str) -> dict[str, dict[str, Tensor]]:
-        """Return the adapters for a task of which only a description exists; loads the backbone to read it.
+        """Return the adapters of a task that exists only as a description; loads the backbone to read it.
 
         The generator must have been trained with `adaptation.task_encoder.kind: text`. Every call loads the backbone:
         use `with_described` for several tasks.
@@ -238,7 +238,7 @@ class Generator:
     def _with(self, tasks: Sequence[str | Task]) -> "Generator":
         from hyperscale.serving.describe import with_described_tasks  # noqa: PLC0415 (brings transformers)
 
-        # The task encoder takes new tasks up in place; this generator keeps its own.
+        # The task encoder adds new tasks in place. Add them to a copy, so that this generator stays as it is.
         own = replace(self._trained, generator=copy.deepcopy(self._trained.generator))
         with torch.no_grad():
             return Generator(with_described_tasks(own, tasks), self._source)
@@ -257,13 +257,15 @@ def _with_backbone(trained: TrainedGenerator, name: str) -> TrainedGenerator:
 
 
 def _download(repo_id: str, revision: str | None) -> str:
-    """Return the local folder of a generator on the hub, fetched where the cache lacks it."""
+    """Return the local folder of a generator on the hub, fetched if it is not in the cache."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (half a second, and needed here alone)
 
     try:
         return str(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except _hub_errors() as error:
-        raise BundleError(f"{repo_id} is no folder on this machine, and the hub does not give it: {error}") from error
+        raise BundleError(
+            f"{repo_id} is not a folder on this machine, and the hub does not provide it: {error}"
+        ) from error
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

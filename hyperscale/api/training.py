@@ -18,7 +18,7 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True, repr=False)
 class TrainResult:
-    """What a run came to; `hs.train` returns it. Printed, it is a table."""
+    """The result of a run, which `hs.train` returns. It prints as a table."""
 
     name: str
     scores: Scores
@@ -36,7 +36,7 @@ class TrainResult:
     bundles: Mapping[str, str]
     """Task -> its exported bundle; empty where `export.enabled` is false."""
     trackers: Mapping[str, Mapping[str, str]]
-    """Tracker -> what finds the run again there; empty without trackers."""
+    """Tracker -> the keys that identify the run there; empty without trackers."""
     steps: int
     seconds: float
     trained_parameters: int
@@ -81,7 +81,7 @@ def train(recipe: Recipe, launcher: Launcher = "local", resume: bool = False) ->
     Raises:
         ConfigError: the recipe cannot be run, or asks for more workers than the launcher starts.
         RunFolderError: the run folder holds an earlier run and `resume` is false, or it is busy.
-        HyperscaleError: whatever else stops the run; what an earlier checkpoint holds is not lost.
+        HyperscaleError: any other error that stops the run. Its checkpoints stay.
 
     Example:
         >>> result = hs.train(hs.load_recipe("demo", {"cluster.workers": 1, "engine.kind": "local"}))

@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(?P<step>\d{6,})(-(?P<attempt>\d+))?")
 
 
 def checkpoint_name(step: int, attempt: int = 1) -> str:
-    """Return the folder name of a step's checkpoint; a step that is saved anew gets the next attempt."""
+    """Return the folder name of a step's checkpoint; a step that is saved again gets the next attempt."""
     return f"step-{step:06d}" if attempt == 1 else f"step-{step:06d}-{attempt}"
 
 

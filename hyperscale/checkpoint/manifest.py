@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to, and whether the present run is the same."""
+"""The run that a checkpoint belongs to, and the check that the present run matches it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
@@ -43,7 +43,7 @@ def check_manifest(stored: Mapping[str, Any], present: Mapping[str, Any]) -> Non
     more = f"; and {len(differences) - _SHOWN} more differences" if len(differences) > _SHOWN else ""
     raise CheckpointError(
         f"The checkpoint belongs to another run: {shown}{more}. "
-        "Use the recipe.yaml beside the checkpoint, or start anew with another `output=`."
+        "Use the recipe.yaml beside the checkpoint, or start again with another `output=`."
     )
 
 

@@ -51,7 +51,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A claimed run folder; give it back with `release` or a `with` block."""
+    """A claimed run folder. `release`, or the end of a `with` block, gives it up."""
 
     path: str
     """Absolute path or URI."""
@@ -106,7 +106,7 @@ class RunFolder:
 
 
 def claim(folder: str, resume: bool) -> RunFolder:
-    """Make the run folder this process's own, creating it if needed.
+    """Claim the run folder for this process, creating it if needed.
 
     The process that lives as long as the run calls this once: the driver, or rank 0 where there is none.
     `RunFolderError` if the place is a file or not writable, if another live run writes there, or if it holds an earlier
@@ -139,7 +139,7 @@ def claim(folder: str, resume: bool) -> RunFolder:
 
 
 def check_owner(place: Place, owner: Owner | None) -> None:
-    """Raise `RunFolderError` if another run has taken the folder from `owner`; whoever writes there calls this."""
+    """Raise `RunFolderError` if another run has taken the folder from `owner`; call this before every write there."""
     present = read_owner(place) if owner is not None else None
     if present is not None and present != owner:
         raise _taken_over(place, present)
@@ -149,7 +149,7 @@ def _taken_over(place: Place, present: Owner | None) -> RunFolderError:
     who = f"process {present.pid} on {present.host} writes there" if present else f"its {_LOCK} is gone"
     return RunFolderError(
         f"The run folder {place} was taken over: {who}. This run stops writing in it. "
-        "Let the other run go on, or start this one anew with another `output=`."
+        "Let the other run continue, or start this one again with another `output=`."
     )
 
 
@@ -183,7 +183,7 @@ def _seconds_since_refresh(place: Place) -> float:
 
 def _lock_locally(folder: Path, owner: Owner) -> None:
     if folder.exists() and not folder.is_dir():
-        raise RunFolderError(f"output={folder} is a file, a run needs a folder. Choose another `output=`.")
+        raise RunFolderError(f"output={folder} is a file, but a run needs a folder. Choose another `output=`.")
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder / _LOCK) as lock:
         _check_not_busy(_parse_owner(lock.read()), owner, open_place(str(folder)))
@@ -195,7 +195,7 @@ def _lock_locally(folder: Path, owner: Owner) -> None:
 
 
 def _lock_remotely(place: Place, owner: Owner) -> None:
-    # fsspec reaches no exclusive create on object stores: two starts within one round trip are not told apart.
+    # fsspec has no exclusive create for object stores, so two starts within one round trip both succeed.
     _check_not_busy(read_owner(place), owner, place)
     place.fs.makedirs(place.path, exist_ok=True)
     place.fs.pipe_file(place.child(_LOCK).path, json.dumps(asdict(owner)).encode())
@@ -227,7 +227,7 @@ def _check_not_busy(holder: Owner | None, owner: Owner, place: Place) -> None:
 def _exclusive(lock: Path) -> Iterator[IO[str]]:
     """Open the lock file, creating it, and keep other processes out of it while its content is read and written."""
     with lock.open("a+", encoding="utf-8") as stream:
-        # Some network file systems have no flock: what is lost is only the protection of two starts in one moment.
+        # Some network file systems have no flock. Then only the protection against two simultaneous starts is lost.
         with suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)
@@ -244,7 +244,7 @@ def read_owner(place: Place) -> Owner | None:
 
 
 def _parse_owner(text: str) -> Owner | None:
-    # Empty: released. Cut off: its writer was killed while it claimed.
+    # Empty: the folder was released. Truncated: a process was killed while it claimed the folder.
     try:
         return Owner(**json.loads(text))
     except (ValueError, TypeError):

@@ -54,7 +54,7 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
     """One safetensors file per key: `generator`, `optimizer`. Loaded on the CPU."""
     state: Mapping[str, Any]
-    """JSON values: schedule, sampler, seeds, what trackers need to go on."""
+    """JSON values: schedule, sampler, seeds, what trackers need to continue."""
     manifest: Mapping[str, Any]
     """What it belongs to: see `manifest.build_manifest`."""
     recipe: Mapping[str, Any]
@@ -74,12 +74,12 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> str:
         """Commit a checkpoint and return its path. Rank 0 only.
 
-        A failed write is repeated twice, after 1 and 5 seconds: object stores and network file systems fail now and
+        A failed write is retried twice, after 1 and 5 seconds: object stores and network file systems fail now and
         then. `CheckpointError`, marked as transient, if the third attempt fails too. `RunFolderError` if another run
         has taken the folder since this store was made.
 
-        A checkpoint that holds NaN or infinity is refused before anything is written: it would push out the last one
-        that a run can continue from.
+        Nothing is written if the checkpoint holds NaN or infinity, because it would replace the last one that a run
+        can continue from.
         """
         self._require_finite(checkpoint)
         for seconds in _PAUSES:
@@ -121,7 +121,7 @@ class CheckpointStore:
     def _last_whole(self) -> str:
         try:
             previous = self.latest()
-        except OSError:  # the storage is unreachable: the message about the save must not be lost for it
+        except OSError:  # the storage is unreachable: still report the failed save
             return "Earlier checkpoints could not be listed."
         return f"The last whole one is {previous}." if previous else "None has been written yet."
 
@@ -171,7 +171,7 @@ def find_checkpoint(path: str) -> str:
     whole = whole_checkpoints(place)
     if whole:
         return str(whole[-1])
-    reason = "is no checkpoint and no run folder with one" if place.exists() else "does not exist"
+    reason = "is neither a checkpoint nor a run folder with one" if place.exists() else "does not exist"
     others = whole_checkpoints(place.parent.parent)
     advice = f"Use {others[-1]}." if others else "Give a checkpoint, or the folder of a run that has written one."
     raise CheckpointError(f"{path} {reason} (no {MARKER} marker). {advice}")
@@ -294,11 +294,11 @@ def _recovery_hint(place: Place) -> str:
     earlier = [other for other in others if key and (parse_name(other.name) or key) < key]
     if earlier:
         return f"Use the previous checkpoint at {earlier[-1]}: delete {place} and use --resume."
-    return "There is no earlier checkpoint in this run folder: restore the file, or start anew with another `output=`."
+    return "There is no earlier checkpoint in this run folder: restore the file, or start again with another `output=`."
 
 
 def _with_plain_name(place: Place, step: int) -> Place:
-    """Give a checkpoint the plain name of its step, once no older one has it; where there is a rename."""
+    """Rename a checkpoint to the plain name of its step if no older one has it and the storage can rename."""
     plain = place.parent.child(checkpoint_name(step))
     if not place.is_local or place.name == plain.name or plain.exists():
         return place
@@ -308,7 +308,7 @@ def _with_plain_name(place: Place, step: int) -> Place:
 
 
 def _remove(place: Place) -> None:
-    # The marker goes first: whatever a kill leaves of the rest no longer counts, and the next sweep takes it.
+    # Delete the marker first: what a kill leaves behind then no longer counts, and the next sweep deletes it.
     place.fs.rm_file(place.child(MARKER).path)
     place.fs.rm(place.path, recursive=True)
 
@@ -319,7 +319,7 @@ def _sha256(file: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file's or folder's content to disk: a rename may otherwise survive a power cut that its files do not."""
+    """Flush a file or folder to disk, so that a power cut cannot keep its new name and lose its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""How sure a difference of scores is: the same rows and seeds drawn again and again, for all methods alike."""
+"""Intervals of score differences, from rows and seeds that are resampled alike for all methods."""
 
 from collections.abc import Sequence
 
@@ -24,11 +24,11 @@ def resampled_scores(
     """Return a metric, in percent, of each run on each resample.
 
     Args:
-        metric: as `compute` knows it. Means over rows and F1 are sums of what is counted once for each row.
+        metric: as `compute` knows it. Means over rows and F1 come from counts that are made once for each row.
         references: N answers, as `comparable` returns them.
         predictions: per run N answers, to the same rows.
         rows: [R, N] row numbers drawn with replacement, the same for all runs.
-        positive: the answer whose F1 is meant by `f1`.
+        positive: the answer that `f1` scores.
 
     Returns:
         [runs, R].
@@ -71,7 +71,7 @@ def interval(differences: Scores) -> tuple[float, float]:
 def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
     """Return Student's 95 % interval of a mean difference from one value a seed; None with one seed.
 
-    Drawing three seeds again and again makes little of how far they lie apart; this does not.
+    A bootstrap over three seeds underestimates how far seeds lie apart; this interval does not.
     """
     if len(differences) < 2:
         return None

@@ -39,7 +39,7 @@ class TaskAnswers:
     metrics: tuple[MetricName, ...]
     """The first is the main one."""
     positive: str | None
-    """The answer whose F1 `f1` is."""
+    """The answer that `f1` scores."""
     references: tuple[str, ...]
     predictions: tuple[str, ...]
 
@@ -49,22 +49,22 @@ class RunRecord:
     """One finished run of a comparison."""
 
     recipe: Mapping[str, Any]
-    """The resolved recipe but for where it leaves things."""
+    """The resolved recipe without its destinations."""
     validation: Mapping[str, float]
     """task -> main score of the last validation, in percent."""
     answers: Mapping[str, TaskAnswers]
-    """By task; empty for a run that chose a learning rate."""
+    """By task; empty for a run of the learning-rate search."""
     trained_parameters: int
     tokens: int
     """Real tokens of all training steps, all ranks."""
     step_seconds: float
     """Of the training steps alone."""
     versions: Mapping[str, str]
-    """Packages that it ran with."""
+    """Package -> version that it ran with."""
 
 
 def record_run(recipe: Recipe, result: RunResult, split: str | None) -> RunRecord:
-    """Read what a finished run left in its folder; `split`: the rows that the table scores, None for none of them."""
+    """Read the record of a finished run from its folder. `split`: the rows that the table scores; None = no rows."""
     folder = recipe.output
     steps = [entry.record for entry in read_entries(folder) if isinstance(entry.record, StepRecord)]
     return RunRecord(
@@ -79,7 +79,7 @@ def record_run(recipe: Recipe, result: RunResult, split: str | None) -> RunRecor
 
 
 def changed_setting(was: Recipe, now: Recipe) -> str | None:
-    """Name the first setting in which two runs differ, and its values; None where they do the same."""
+    """Return the first setting in which two runs differ, with both values, or None."""
     before, after = flatten(recipe_without_destinations(was)), flatten(recipe_without_destinations(now))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return f"{changed[0]} was {before.get(changed[0])}, is {after.get(changed[0])}" if changed else None
@@ -98,7 +98,7 @@ def write_record(record: RunRecord, folder: Path, name: str) -> None:
 
 
 def read_record(folder: Path, name: str) -> RunRecord | None:
-    """Return a run's record, or None where it has none yet.
+    """Return a run's record, or None if it has none yet.
 
     Raises:
         RunFolderError: the file is damaged, or was written by another version.
@@ -120,7 +120,7 @@ def read_record(folder: Path, name: str) -> RunRecord | None:
 
 
 def _answers(folder: str, split: str) -> dict[str, TaskAnswers]:
-    """Read answers with the tasks as they were trained, whose labels may have been found in their rows."""
+    """Read the answers, and the tasks as the run trained them: their labels may come from their rows."""
     task_fields = load_checkpoint(find_checkpoint(folder), only=()).state["tasks"]
     tasks = {task.name: task for task in map(Task.model_validate, task_fields)}
     answers = {}

@@ -13,11 +13,11 @@ from hyperscale.terminal.formats import duration
 _logger = get_logger(__name__)
 
 RunRecipe = Callable[[Recipe, Path], RunResult]
-"""Trains a recipe, which is also a file, in its run folder, and continues from what lies there."""
+"""Trains a recipe, which is also stored in a file, and resumes from its run folder."""
 
 
 def launcher_runner(launcher: Launcher) -> RunRecipe:
-    """Return a runner that starts the workers of one run after another."""
+    """Return a runner that trains one run at a time."""
     return lambda recipe, _file: run_workers(recipe, launcher, resume=True)
 
 

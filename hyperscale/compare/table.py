@@ -17,7 +17,7 @@ from hyperscale.terminal.formats import counted, duration
 from hyperscale.tracking.metrics import key_part
 
 _SEED = 20261125
-"""Of the bootstrap: the same runs give the same intervals."""
+"""The bootstrap's seed: the same runs give the same intervals."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MethodSummary:
     means: Sequence[float]
     """Mean over the tasks, one per seed."""
     difference: float
-    """Of the mean to the baseline's, in points."""
+    """Mean minus the baseline's mean, in points."""
     interval: tuple[float, float]
     """The middle 95 % of the difference over resampled rows and seeds."""
     seed_interval: tuple[float, float] | None
@@ -43,7 +43,7 @@ class MethodSummary:
     tokens_per_second: float
     """Real tokens, all ranks."""
     seconds: float
-    """Of training steps alone, all of the method's final runs of one seed."""
+    """Of training steps alone, summed over the method's final runs of one seed."""
 
     @property
     def deviation(self) -> float:
@@ -145,7 +145,7 @@ def publish(outcome: Outcome) -> str:
 
 
 def _versions(outcome: Outcome) -> dict[str, list[str]]:
-    """Return package -> the versions that the runs used, more than one where they were made at different times."""
+    """Return package -> the versions that the runs used; several if it was upgraded between runs."""
     by_package: dict[str, set[str]] = {}
     for trials in (*outcome.search.values(), *outcome.final.values()):
         for record in (record for trial in trials for record in trial.records):
@@ -180,7 +180,7 @@ def markdown(outcome: Outcome, summaries: Sequence[MethodSummary]) -> str:
     samples = {task: len(of_task.references) for task, of_task in _answers(first).items()}
     rates = f"Learning rates were chosen on the validation rows with seed {comparison.search_seed}."
     if not outcome.search:
-        rates = "All methods were given one learning rate."
+        rates = "All methods use the same learning rate."
     columns = ["method", "learning rate", "mean", f"against {comparison.baseline}"]
     columns += ["95 % interval", "verdict", "over seeds", *tasks, "parameters a task", "tokens/s", "training"]
     about = (

@@ -36,7 +36,7 @@ class Comparison(Section):
     """Folder of the runs and of the table, relative to this file."""
     records: str | None = Field(default=None, min_length=1)
     """Folder of the records of finished runs, relative to this file; by default `records` in `output`. A run that has
-    a record there is not run again, whoever made it and wherever its folder is."""
+    a record there is not trained again, on whichever machine it ran."""
     recipe: str = Field(min_length=1)
     """A packaged recipe, or a file relative to this one."""
     settings: Mapping[str, Any] = {}
@@ -62,7 +62,7 @@ class Comparison(Section):
         problems = []
         if self.baseline not in self.methods:
             hint = nearest(self.baseline, self.methods)
-            problems.append(f"baseline '{self.baseline}' is none of the methods {', '.join(self.methods)}.{hint}")
+            problems.append(f"baseline '{self.baseline}' is not one of the methods {', '.join(self.methods)}.{hint}")
         for name, values in (("learning_rates", self.learning_rates), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 problems.append(f"{name} lists a value more than once")

@@ -11,5 +11,5 @@ class ExportSettings(Section):
     enabled: bool = True
     format: Literal["auto", "peft", "native"] = "auto"
     """`peft`: the folder that PEFT loads, and vLLM if it is LoRA (only lora, only ia3, or on LLaMA only prefix);
-    `native`: ours, for every kind; `auto`: `peft` where it can hold the adapters, else `native`."""
+    `native`: our own format, for every kind; `auto`: `peft` where it can hold the adapters, else `native`."""
     dtype: Literal["float32", "bfloat16"] = "float32"

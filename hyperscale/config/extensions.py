@@ -1,7 +1,7 @@
 """Registration calls for adapter kinds and generators from outside the package.
 
-The settings class is needed to read a recipe; the implementation, which needs torch, only to build a model. It may be
-given as an import path `package.module:name`, which is imported then.
+Reading a recipe needs the settings class. Building a model also needs the implementation, which imports torch. An
+implementation given as an import path `package.module:name` is imported only then.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def register_adapter_kind(settings: type[AdapterSection], implementation: Implem
             kind without one are native.
 
     Raises:
-        PluginError: the settings are no adapter section, or the name is taken.
+        PluginError: the settings are not an adapter section, or the name is taken.
     """
     kind = _kind_of(settings, AdapterSection)
     if settings.has_peft_form != (peft is not None):
@@ -58,7 +58,7 @@ def register_generator(settings: type[GeneratorSection], implementation: Impleme
             that fulfils `Generator`.
 
     Raises:
-        PluginError: the settings are no generator section, or the name is taken.
+        PluginError: the settings are not a generator section, or the name is taken.
     """
     kind = _kind_of(settings, GeneratorSection)
     GENERATOR_SETTINGS.register(kind, settings)
@@ -66,12 +66,12 @@ def register_generator(settings: type[GeneratorSection], implementation: Impleme
 
 
 def adapter_implementation(kind: str) -> Callable[[Any], Any]:
-    """Return what makes a registered adapter kind of its settings."""
+    """Return the function that makes a registered adapter kind from its settings."""
     return _implementation(ADAPTER_SETTINGS.find, _adapter_kinds, kind)
 
 
 def generator_implementation(kind: str) -> Callable[[Any], Any]:
-    """Return what makes a registered generator of a `GeneratorSpec`."""
+    """Return the function that makes a registered generator from a `GeneratorSpec`."""
     return _implementation(GENERATOR_SETTINGS.find, _generators, kind)
 
 
@@ -84,7 +84,7 @@ def peft_method_of(kind: str) -> Any:
 
 def _kind_of(settings: Any, base: type[Section]) -> str:
     if not (isinstance(settings, type) and issubclass(settings, base)):
-        raise PluginError(f"{settings!r} is no settings class: derive it from {base.__name__}")
+        raise PluginError(f"{settings!r} is not a settings class: derive it from {base.__name__}")
     field = settings.model_fields.get("kind")
     if field is None or not isinstance(field.default, str):
         raise PluginError(f'{settings.__name__} has no kind: declare `kind: Literal["name"] = "name"`')

@@ -22,7 +22,7 @@ _PATHS: Mapping[str, Callable[[Path], bool]] = {
     "data.tasks": lambda path: path.suffix in (".yaml", ".yml"),
     "data.task_folders": lambda _path: True,
 }
-"""Where a recipe names files, and when such a value is one rather than the name of something packaged or on a hub."""
+"""The settings that may name files, each with a test that tells a file from a packaged name or a hub id."""
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -61,12 +61,12 @@ def load_recipe(
     """Read, override and check a recipe; every path in the result is absolute.
 
     Paths inside a recipe (backbone folder, task files, DeepSpeed JSON) are relative to the recipe's own folder, those
-    of overrides to the working directory. So is `output`, since packaged recipes write beside the user's work.
+    of overrides to the working directory. `output` too is relative to the working directory.
 
     Args:
         name_or_path: a YAML file or the name of a packaged recipe.
         overrides: `dotted.key=value`, the value read as YAML, or a mapping of dotted keys to values. Those that choose
-            a kind act first, whatever their order.
+            a kind take effect first, in any order.
         folder: where paths in overrides begin; by default the working directory.
 
     Raises:
@@ -107,7 +107,7 @@ def parse_recipe(raw: Mapping[str, Any], where: str | Callable[[str], str], over
 
 
 def _origin(path: str, where: str, overrides: Sequence[str]) -> str:
-    """Return who set what lies at `path`: the last override of it, or `where`, with the overrides of parts of it."""
+    """Return the source of the value at `path`: its last override, or `where` and the overrides of its parts."""
     place = path.replace("[", ".").replace("]", "")
     of_parts = []
     for override in reversed(overrides):
@@ -120,7 +120,7 @@ def _origin(path: str, where: str, overrides: Sequence[str]) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Return the resolved recipe as plain JSON values; `parse_recipe` gives it back equal."""
+    """Return the resolved recipe as plain JSON values; `parse_recipe` reads it back."""
     return recipe.model_dump(mode="json")
 
 
@@ -182,7 +182,7 @@ def _set_value(raw: dict[str, Any], key: str, value: Any, override: str) -> None
         node[_position(node, last, key, override)] = value
         return
     if last == "kind" and parents[:1] == ["adaptation"] and node.get("kind", value) != value:
-        node.clear()  # another kind by one word: the old one's own settings would be unknown keys
+        node.clear()  # a new kind: the settings of the old kind would be unknown keys
     node[last] = value
 
 

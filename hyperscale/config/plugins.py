@@ -28,7 +28,7 @@ def load_plugins(group: str) -> None:
     """Call the function of each entry point of a group, once per process.
 
     Raises:
-        PluginError: some could not be imported, or failed when called. The others are loaded all the same.
+        PluginError: some could not be imported, or failed when called. The others are still loaded.
     """
     failures = []
     for entry_point in sorted(entry_points(group=group), key=lambda entry: (entry.name, entry.value)):

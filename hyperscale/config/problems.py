@@ -32,7 +32,7 @@ class _Problem:
     path: str
     text: str
     allowed: str = ""
-    """What the value had to be; empty where the problem is not one of a refused value."""
+    """What the value must be; empty if the problem is not a wrong value."""
 
     def line(self, where: str) -> str:
         text = f"{self.text} is not allowed: must be {self.allowed}" if self.allowed else self.text
@@ -99,7 +99,7 @@ def _allowed(kind: str, message: str, context: Mapping[str, Any]) -> str:
 
 
 def _inside(path: str, problems: Sequence[_Problem]) -> bool:
-    """Whether an entry of the list at `path` was refused; pydantic then also counts the list without that entry."""
+    """Return whether an entry of the list at `path` is wrong; pydantic then may call the list too short as well."""
     return any(problem.path.startswith(f"{path}[") for problem in problems)
 
 

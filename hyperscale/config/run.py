@@ -51,7 +51,7 @@ class Recipe(Section):
             below, above = self.training.batch_size // ranks * ranks, -(-self.training.batch_size // ranks) * ranks
             nearest = f"{below} or {above}" if below else f"{above}"
             problems.append(
-                f"training.batch_size {self.training.batch_size} is no multiple of cluster.workers × "
+                f"training.batch_size {self.training.batch_size} is not a multiple of cluster.workers × "
                 f"training.micro_batch_size = {self.cluster.workers} × {self.training.micro_batch_size}; use {nearest}"
             )
         if self.training.optimizer.warmup_steps > self.training.steps:

@@ -43,7 +43,7 @@ def is_masked(uri: str) -> bool:
 def with_quoted_credentials(uri: str) -> str:
     """Return a URI whose user name and password are percent-encoded, so that its clients find the host.
 
-    What is encoded already stays as it is: `p@ss/word` and `p%40ss%2Fword` give the same URI.
+    Characters that are encoded already stay so: `p@ss/word` and `p%40ss%2Fword` give the same URI.
     """
     return _URI.sub(_quoted, uri)
 

@@ -31,11 +31,11 @@ class TrackerSettings(Section):
         return self
 
     def secret_variables(self) -> Mapping[str, str]:
-        """Return the environment variables that give `with_secrets` in another process these settings' secrets."""
+        """Return the environment variables from which `with_secrets` reads these secrets in another process."""
         return {}
 
     def several_nodes_problem(self) -> str | None:
-        """Say why the tracker cannot serve a run on several nodes, or return None."""
+        """Return why the tracker cannot serve a run on several nodes, or None."""
         return None
 
 

@@ -51,7 +51,7 @@ class TrainingSettings(Section):
     evaluate_untouched: bool = True
     """Score the backbone without adapters before the first step."""
     evaluate_test: bool = False
-    """Score the test splits once, after the last step; nothing is chosen by them."""
+    """Score the test splits once, after the last step; no choice depends on them."""
     checkpoint_every: int = Field(default=50, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     max_skipped_steps: int = Field(default=5, ge=0)

@@ -13,7 +13,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice; PyYAML silently keeps the last one."""
+    """Safe YAML in which a key given twice is an error; PyYAML silently keeps the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys: set[Any] = set()
@@ -90,7 +90,7 @@ def _line_of(node: yaml.Node, key: str) -> int | None:
 
 
 def _children(node: yaml.Node) -> list[tuple[str, int, yaml.Node]]:
-    """Return the entries of a mapping or a list: the part of a dotted key that names each, its line and its node."""
+    """Return each entry of a mapping or a list: its part of the dotted key, its line and its node."""
     if isinstance(node, yaml.MappingNode):
         return [(str(key.value), key.start_mark.line + 1, value) for key, value in reversed(node.value)]
     if isinstance(node, yaml.SequenceNode):

@@ -45,7 +45,7 @@ def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) 
         return batch_size // together
     below, above = batch_size // together * together, -(-batch_size // together) * together
     raise ConfigError(
-        f"training.batch_size {batch_size} is no multiple of workers × micro_batch_size = "
+        f"training.batch_size {batch_size} is not a multiple of workers × micro_batch_size = "
         f"{world_size} × {micro_batch_size}; use {f'{below} or {above}' if below else above}"
     )
 

@@ -129,7 +129,7 @@ def _correlation(measure: Callable[..., tuple[float, float]]) -> Metric:
             text = references[int(np.flatnonzero(np.isnan(expected))[0])]
             raise DataError(f"pearson and spearman compare numbers, but a row's answer is '{text}'")
         predicted = np.array([_number(text) for text in predictions])
-        # An answer that is no number says nothing: the mean neither earns nor loses correlation.
+        # An answer that is not a number counts as the mean, which neither adds nor removes correlation.
         predicted = np.where(np.isnan(predicted), expected.mean(), predicted)
         if np.ptp(predicted) == 0 or np.ptp(expected) == 0:
             return 0.0

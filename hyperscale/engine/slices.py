@@ -37,7 +37,7 @@ def index_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """List all tensors of a checkpoint's files.
 
     Raises:
-        BackboneError: a file is no safetensors file, is cut short, or holds a dtype that a backbone cannot have.
+        BackboneError: a file is not a safetensors file, is truncated, or holds a dtype that a backbone cannot have.
     """
     found: dict[str, StoredTensor] = {}
     for file in files:
@@ -51,14 +51,14 @@ def _index_file(file: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(stream.read(8), "little")
         if length > size - 8:
             raise BackboneError(
-                f"{file} is no safetensors file or is cut short: its header needs {length} bytes of {size}"
+                f"{file} is not a safetensors file or is truncated: its header needs {length} bytes of {size}"
             )
         header = stream.read(length)
     try:
         table = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         return {name: _stored(file, name, entry, 8 + length, size) for name, entry in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackboneError(f"{file} is no safetensors file: its header is not one ({error})") from error
+        raise BackboneError(f"{file} is not a safetensors file: its header is invalid ({error})") from error
 
 
 def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:

@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> BundleManifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(
-            f"{folder} is no bundle: it has no {MANIFEST}. Give a folder that 'hyperscale export' or a run wrote"
+            f"{folder} is not a bundle: it has no {MANIFEST}. Give a folder that 'hyperscale export' or a run wrote"
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

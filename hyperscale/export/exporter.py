@@ -55,7 +55,7 @@ class TrainedGenerator:
     """`name`, `path`, `digest`, `model_type` as the checkpoint's manifest has them."""
     step: int
     origins: tuple[TaskOrigin | None, ...]
-    """Per task the earlier run that made its weights, where this one left them untouched."""
+    """For each task, the earlier run that trained its weights, or None if this run did."""
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Task -> metric -> validation score, where they were measured last."""
 
@@ -111,7 +111,7 @@ def export_bundles(
         format: `auto`, `peft` or `native`; None = the format of the recipe.
 
     Raises:
-        BundleError: an unknown task, a format that cannot say these adapters, or a place that cannot be written.
+        BundleError: an unknown task, a format that cannot express these adapters, or an output that cannot be written.
     """
     names = [task.name for task in trained.tasks]
     for name in only:

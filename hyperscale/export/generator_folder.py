@@ -182,7 +182,7 @@ def _fill(trained: TrainedGenerator, folder: Path, licence: str) -> None:
 
 
 def _runs(trained: TrainedGenerator, backbone: str) -> tuple[list[SavedRun], Sequence[int]]:
-    """Return the runs behind the tasks, each once, and every task's place among them."""
+    """Return the distinct runs that trained the tasks, and each task's index among them."""
     runs = [_saved_run(TaskOrigin(trained.recipe, trained.step), backbone)]
     places = []
     for task in range(len(trained.tasks)):
@@ -212,7 +212,7 @@ def _require_own_folder(folder: Path) -> None:
 
 def _read_config(folder: Path) -> GeneratorConfig:
     path = folder / CONFIG
-    advice = "save it again, or fetch it again from where it came"
+    advice = "save it again, or fetch it again from its source"
     for name in (CONFIG, TENSORS, DIGESTS):
         if not (folder / name).is_file():
             raise BundleError(f"generator {folder} is incomplete: it has no {name}; {advice}")

@@ -24,7 +24,7 @@ class BackboneName(Section):
 
 
 def backbone_name(name: str, is_local: bool, revision: str | None) -> BackboneName:
-    """Return a backbone's name as it may leave the machine."""
+    """Return a backbone's name without paths of this machine."""
     if name in PACKAGED:
         return BackboneName(name=name, kind="packaged")
     if is_local:

@@ -69,7 +69,7 @@ def greedy_decode(
 
 
 def _unfinished(finished: Tensor) -> Tensor:
-    """Return the places of the unfinished rows; if there are none, one place, since other ranks may need forwards."""
+    """Return the indices of the unfinished rows; if there are none, one index, since other ranks may need forwards."""
     return (~finished).nonzero().flatten() if not finished.all() else torch.zeros_like(finished, dtype=torch.int64)[:1]
 
 
@@ -169,6 +169,6 @@ def answer_log_likelihoods(
     logits = model.label_logits(input_ids, attention_mask, labels, positions.to(device))
     losses = token_losses(logits, targets)
     total = losses.new_zeros(len(input_ids)).index_add(0, samples.to(device), -losses)
-    # at one position, log-likelihoods differ by as much as logits do
+    # at one position, log-likelihoods and logits have the same differences
     ended = logits[last].to(losses.dtype)
     return total.unsqueeze(1) + ended.gather(1, endings) - ended.gather(1, targets[last].unsqueeze(1))

@@ -52,7 +52,7 @@ def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
 def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
     """Run a recipe, which is also `file`, as `train_in_process` does, in a process of its own that writes to `log`.
 
-    It goes on from what lies in the run folder. `file` holds no secrets; the process finds them in its environment.
+    It resumes from the run folder. `file` holds no secrets; the process finds them in its environment.
 
     Raises:
         ConfigError, ResourceError: the error that the run printed, or how its process ended.
@@ -67,14 +67,14 @@ def train_in_child(recipe: Recipe, file: Path, log: Path) -> RunResult:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
     if code == -signal.SIGKILL:
-        errors = ["its process was killed, perhaps for lack of memory; with fewer --jobs each run has more of it"]
+        errors = ["its process was killed, perhaps for lack of memory; fewer --jobs leave more memory for each run"]
     message = "\n".join([*errors, f"(exit code {code}; its whole output is in {log})"])
     raise ConfigError(message) if code == ConfigError.exit_code else ResourceError(message)
 
 
 @contextmanager
 def process_group(engine: EngineSettings, cluster: ClusterSettings) -> Iterator[None]:
-    """Give DeepSpeed the process group of one that it wants; nothing listens on a port."""
+    """Create the process group of one rank that DeepSpeed needs; nothing listens on a port."""
     if engine.kind != "zero":
         yield
         return

@@ -81,7 +81,7 @@ def _check_reachable(address: str) -> None:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ResourceError(_no_cluster(address, str(error))) from error
-    if host is None or port is None:  # `auto`, or a form that Ray knows to read
+    if host is None or port is None:  # `auto`, or a form that Ray parses itself
         return
     try:
         socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
@@ -118,7 +118,7 @@ def _private_token() -> Iterator[None]:
 
 @contextmanager
 def _scratch() -> Iterator[str]:
-    """Give Ray a folder of its own, with its logs; `--debug` leaves it."""
+    """Give Ray a folder of its own, with its logs; `--debug` keeps it."""
     # Short, whatever TMPDIR says: the paths of Ray's sockets below it may have 107 characters at most.
     folder = tempfile.mkdtemp(prefix="hyperscale-ray-", dir="/tmp")
     try:

@@ -23,8 +23,8 @@ def submit_job(address: str, arguments: Sequence[str], working_dir: Path | None,
 
     Args:
         address: of the dashboard, `http://head:8265`.
-        arguments: what stands behind `hyperscale train` on the cluster; a recipe's path is relative to `working_dir`.
-        working_dir: a folder to send along (recipes, task files, data), without what its .gitignore names;
+        arguments: the arguments after `hyperscale train` on the cluster; a recipe's path is relative to `working_dir`.
+        working_dir: a folder to upload (recipes, task files, data), without what its .gitignore excludes;
             None = nothing is sent.
         follow: print the job's log until it ends.
 
@@ -33,7 +33,7 @@ def submit_job(address: str, arguments: Sequence[str], working_dir: Path | None,
 
     Raises:
         ConfigError: `output` would lie in the job's temporary folder.
-        ResourceError: no job server answers there, or it refuses the job.
+        ResourceError: no job server answers there, or it rejects the job.
     """
     _require_durable_output(arguments, working_dir)
     runtime: dict[str, Any] = {"env_vars": dict(_STOP)}
@@ -75,7 +75,7 @@ def _require_durable_output(arguments: Sequence[str], working_dir: Path | None) 
 
 
 def _why(message: str | None) -> str:
-    """Return the first line of what Ray says of a job's end; the log's last lines, which it adds, have been shown."""
+    """Return the first line of Ray's message about a job's end; its other lines repeat the log."""
     return (message or "no reason given").strip().splitlines()[0].rstrip(".,: ")
 
 

@@ -1,4 +1,4 @@
-"""What a run needs of a cluster, compared with what there is, before anything waits. Pure: numbers in, messages out."""
+"""Compare what a run needs with what a cluster has, before anything waits. Pure: numbers in, messages out."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ def required_resources(cluster: ClusterSettings) -> dict[str, float]:
 
 
 def shortfall(cluster: ClusterSettings, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Say what a cluster lacks, or None if the workers fit.
+    """Return what a cluster lacks, or None if the workers fit.
 
     Args:
         nodes: per node its resources, in total (not what is free now). A worker must fit on one node as a whole.
@@ -46,7 +46,7 @@ def _scarcest(nodes: Sequence[Mapping[str, float]], each: Mapping[str, float]) -
 
 
 def several_nodes_problem(output: str, tracking: TrackingSettings, blind_nodes: Sequence[str]) -> str | None:
-    """Say why a run cannot span nodes, or None.
+    """Return why a run cannot span nodes, or None.
 
     Args:
         blind_nodes: nodes that do not see the run folder.
@@ -60,7 +60,7 @@ def several_nodes_problem(output: str, tracking: TrackingSettings, blind_nodes: 
 
 
 def ephemeral_output_problem(output: str) -> str | None:
-    """Say that a run folder would go with a Ray job's temporary working directory, or None."""
+    """Return a message if Ray would delete the run folder with a job's working directory, else None."""
     if "working_dir_files" not in output.split("/"):
         return None
     return (

@@ -30,7 +30,7 @@ def start(recipe: Recipe, launcher: Launcher = "ray", resume: bool = False) -> R
     Raises:
         ConfigError: the recipe cannot be run, or asks for more workers than the launcher starts.
         RunFolderError: the run folder is busy or not writable, or it holds an earlier run and `resume` is False.
-        HyperscaleError: whatever else stops the run; nothing is lost that an earlier checkpoint holds.
+        HyperscaleError: any other error that stops the run. Its checkpoints stay.
     """
     recipe = with_tracking_secrets(recipe)
     if torchrun.is_worker():

@@ -32,7 +32,7 @@ from hyperscale.terminal.display import ProgressDisplay
 _logger = get_logger(__name__)
 
 _ERROR_FOLDER = "HYPERSCALE_ERROR_FOLDER"
-"""Names the folder in which workers that we have started leave their errors, which the parent raises once."""
+"""The variable that names the folder where workers that we started write their errors. The parent raises one."""
 
 _HINT = "Continue from the last checkpoint with --resume"
 
@@ -150,7 +150,7 @@ def _process_group(engine: EngineSettings, cluster: ClusterSettings, local_rank:
     dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timeout)
     try:
         yield
-        dist.barrier()  # nobody leaves while another still works
+        dist.barrier()  # no worker exits while another still works
     except BaseException:
         dist.destroy_process_group()
         raise
@@ -159,10 +159,10 @@ def _process_group(engine: EngineSettings, cluster: ClusterSettings, local_rank:
 
 
 def leave() -> NoReturn:
-    """End a worker that has done its part, at once.
+    """Exit a finished worker at once, without the interpreter's own shutdown.
 
-    On the interpreter's own way out gloo's threads aborted the process now and then ("terminate called without an
-    active exception", seen in 3 of about 80 runs), and a run that had finished counted as one that failed.
+    During that shutdown gloo's threads sometimes aborted the process ("terminate called without an active exception",
+    in 3 of about 80 runs), and a finished run counted as failed.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -172,7 +172,7 @@ def leave() -> NoReturn:
 
 @contextmanager
 def _errors_reported_to_parent(rank: int) -> Iterator[None]:
-    """In workers that we have started, leave an error to the parent, or every rank would print it."""
+    """In workers that we started, write an error for the parent; otherwise every rank would print it."""
     folder = os.environ.get(_ERROR_FOLDER)
     if folder is None or _logger.isEnabledFor(logging.DEBUG):
         yield
@@ -185,7 +185,7 @@ def _errors_reported_to_parent(rank: int) -> Iterator[None]:
         partial.rename(Path(folder) / str(rank))
         sys.exit(error.exit_code)
     except RuntimeError as error:
-        # A peer is gone: what became of it is the news, which torchrun hears from the kernel.
+        # A peer is gone. The cause is how the peer ended, which torchrun learns from the kernel.
         if "onnection closed by peer" not in str(error) and "onnection reset by peer" not in str(error):
             raise
         sys.exit(1)

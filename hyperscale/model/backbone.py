@@ -133,7 +133,7 @@ def _read_config(path: Path) -> tuple[Architecture, Any]:
         return architecture, AutoConfig.from_pretrained(path.parent)
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise BackboneError(f"backbone.name: {path} is no model's configuration: {reason}") from error
+        raise BackboneError(f"backbone.name: {path} is not a model's configuration: {reason}") from error
 
 
 _WHOLE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -156,7 +156,7 @@ def _locate(settings: BackboneSettings, patterns: Sequence[str] = _WHOLE) -> Pat
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(
-            f"backbone.name: '{settings.name}' is no folder here and could not be fetched from the model hub "
+            f"backbone.name: '{settings.name}' is not a folder here and could not be fetched from the model hub "
             f"({type(error).__name__}: {reason}). Check the name and the network, set HF_TOKEN for a gated model, "
             "or give a folder",
             is_transient=may_recover(error),
@@ -189,7 +189,7 @@ def _tensor_names(files: tuple[Path, ...]) -> frozenset[str]:
                 names.update(opened.keys())
         except (SafetensorError, OSError) as error:
             raise BackboneError(
-                f"backbone.name: {file} is no safetensors file or is cut short ({error}); fetch it again"
+                f"backbone.name: {file} is not a safetensors file or is truncated ({error}); fetch it again"
             ) from error
     return frozenset(names)
 

@@ -88,7 +88,7 @@ def render_text(plan: RunPlan, recipe: Recipe) -> str:
     lines = [title, "", worst, *_table(memory.items), _total(memory.total)]
     if machine.memory is not None:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
-        lines.append(f"  {verdict} in {format_size(machine.memory)}, of which a tenth is left alone")
+        lines.append(f"  {verdict} in {format_size(machine.memory)}, a tenth of which stays free")
         lines.append(f"  the largest micro-batch that fits, nothing resident: {plan.largest_micro_batch}")
     share = 100 * plan.resident_numel / plan.backbone_parameters
     alternative = "without" if plan.checkpointed else "with"

@@ -1,4 +1,4 @@
-"""Tasks that were never trained: their weights come from what is written of them."""
+"""Tasks that were never trained: their weights come from their descriptions."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -136,7 +136,7 @@ def check_alike(folder: Path, manifest: BundleManifest, first: BundleManifest) -
     ):
         if one != other:
             raise BundleError(
-                f"bundle {folder} has another {what} than the bundle of task '{first.task.name}': load them apart"
+                f"bundle {folder} has another {what} than the bundle of task '{first.task.name}': load them separately"
             )
 
 

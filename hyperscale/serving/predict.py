@@ -32,7 +32,7 @@ def check_files(source: Path, target: Path) -> None:
     if target.is_dir():
         raise DataError(f"--output {target} is a folder; name a JSONL file")
     if not target.absolute().parent.is_dir():
-        raise DataError(f"--output {target}: the folder {target.absolute().parent} does not exist; make it first")
+        raise DataError(f"--output {target}: the folder {target.absolute().parent} does not exist; create it first")
     if not os.access(target.absolute().parent, os.W_OK):
         raise DataError(f"--output {target}: the folder {target.absolute().parent} is not writable; choose another")
 
@@ -83,7 +83,7 @@ def continue_prompts(
     """Return the greedy continuation of each prompt with the adapters of its task, in order; tasks may be mixed.
 
     Args:
-        prompts: what the tasks' templates would make of a row; a chat task's prompt goes through the chat template.
+        prompts: as the tasks' templates would write them; a chat task's prompt goes through the chat template.
         tasks: the name of each prompt's task.
         max_new_tokens: None = each task's own limit.
 
@@ -145,7 +145,7 @@ def _encode_row(row: Row, render: Renderer, tokenizer: TaskTokenizer, manifest: 
 
 def _encode(prompt: str, where: str, tokenizer: TaskTokenizer, manifest: BundleManifest) -> TokenIds:
     if tokenizer.lacks_sentinels(prompt):
-        raise DataError(f"{where}: more words than the backbone has sentinels for (T5: 99); divide the sentence")
+        raise DataError(f"{where}: more words than the backbone has sentinels for (T5: 99); split the sentence")
     (source,) = tokenizer.encode_prompts([prompt])
     limit = manifest.max_source_tokens
     if len(source) <= limit:

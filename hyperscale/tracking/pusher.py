@@ -20,7 +20,7 @@ class Pusher:
     """A listener of the run that sends the entries of the file to one tracker. It must come after `journal`.
 
     Opening the tracker may raise. After that nothing raises, and no training step waits. A temporary failure is
-    retried until the run has ended; a record that the tracker refuses is skipped.
+    retried until the run has ended; a record that the tracker rejects is skipped.
 
     Args:
         patience: seconds that the end of the run waits for a tracker that does not answer.
@@ -120,7 +120,7 @@ class Pusher:
             reader.close()
 
     def _deliver(self, entries: Sequence[Entry], may_be_there: bool) -> bool:
-        """Push until the tracker takes or refuses the entries. Return False when it is time to give up."""
+        """Push until the tracker accepts or rejects the entries. Return False when it is time to give up."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -128,12 +128,12 @@ class Pusher:
             except Exception as error:  # noqa: BLE001 - no error of a vendor may end the thread
                 may_be_there = True  # some of the entries may have arrived
                 if not self._tracker.is_temporary(error):
-                    if len(entries) > 1:  # find the entry that is refused
+                    if len(entries) > 1:  # find the entry that is rejected
                         return all(self._deliver([entry], may_be_there=True) for entry in entries)
                     self._skip(error)
                     return True
                 if not self._is_failing:
-                    _log.warning("%s does not answer; it is tried again (%s)", self._name, first_line(error))
+                    _log.warning("%s does not answer; retrying (%s)", self._name, first_line(error))
                 self._is_failing = True
                 if self._rest(pause):
                     return False

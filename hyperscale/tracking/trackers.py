@@ -88,7 +88,7 @@ def needed_packages() -> dict[str, str]:
 
 
 def several_nodes_problem(settings: TrackingSettings) -> str | None:
-    """Say why a tracker cannot serve a run on several nodes, or return None."""
+    """Return why a tracker cannot serve a run on several nodes, or None."""
     problems = (tracker.several_nodes_problem() for tracker in settings.enabled_trackers().values())
     return next((problem for problem in problems if problem), None)
 
@@ -99,7 +99,7 @@ def tracked_places(state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def places_of_old_result(values: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the places of an earlier version's `result.json`, which knew MLflow alone."""
+    """Return the places in an earlier version's `result.json`, which recorded MLflow only."""
     if not values:
         return {}
     uri, experiment, run_id = (str(values.get(f"mlflow_{key}", "")) for key in ("uri", "experiment_id", "run_id"))
@@ -110,7 +110,7 @@ def places_of_old_result(values: Mapping[str, str]) -> dict[str, dict[str, str]]
 
 
 def track(folder: str, to: str | None = None, uri: str | None = None) -> list[str]:
-    """Send each tracker what it lacks of a run, and return a line per tracker. A second call sends nothing.
+    """Send each tracker the records of a run that it lacks, and return a line per tracker. A second call sends nothing.
 
     Args:
         to: one tracker; by default those that the run's recipe enables.

@@ -1,7 +1,7 @@
 """What the trainer reports to its listeners: progress, trackers, the JSONL record.
 
 The trainer and the engine know no vendor; a tracker is a `Callback`. Callbacks run on rank 0 alone, between steps:
-they must not raise for a fault of their own and must not wait for a network.
+they must never raise because of their own failures, and must not wait for a network.
 """
 
 from collections.abc import Mapping

@@ -19,7 +19,7 @@ TEST = "test"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one evaluation, and the answers that earned them."""
+    """The scores of one evaluation, and the scored answers."""
 
     record: EvaluationRecord
     answers: Mapping[str, Sequence[str]]
@@ -35,7 +35,7 @@ class Evaluator:
     batch_size: int
     """Rows that one rank runs at once."""
     say: Callable[[str, int, int], None]
-    """Tells a person what is happening, and how much of it is done."""
+    """Reports progress to the user: what is running, how much is done, and how much there is."""
 
     def __call__(self, step: int, stage: str = VALIDATION) -> Evaluation:
         """Score all tasks with their adapters, or the backbone alone where `stage` is `untouched`.
@@ -77,7 +77,7 @@ def split_of(stage: str) -> Split:
 
 
 def majority_record(corpus: Corpus, split: Split = "validation") -> EvaluationRecord:
-    """Return what always giving the most common training answer of each task would score."""
+    """Return the scores of always giving each task's most common training answer."""
     scores = {
         loaded.task.name: majority_score(loaded.task, loaded.train.examples, loaded.scored(split).examples)
         for loaded in corpus.tasks

@@ -1,4 +1,4 @@
-"""Speed of the last steps, and the time that is left at it."""
+"""Speed of the last steps, and the remaining time at that speed."""
 
 import time
 from collections import deque

@@ -1,4 +1,4 @@
-"""The loop: when to step, evaluate and save. How a step runs is the engine's, who listens is the callbacks'."""
+"""The loop: when to step, evaluate and save. The engine runs a step, and callbacks listen."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Trainer:
     evaluate: Callable[[int], None]
     """Called on every rank with the number of steps done."""
     is_scored: Callable[[int], bool]
-    """Whether `evaluate` has been through this number of steps, now or in the run that this one continues."""
+    """Whether this step has already been evaluated, in this run or in the run that it continues."""
     save: Callable[[int], None]
     """Called on every rank with the number of steps done."""
 
@@ -35,9 +35,9 @@ class Trainer:
         """Step from `start_step` (steps already done) to the end; evaluates and saves at the end in any case.
 
         A step that is due for both is scored first and saved once, with its scores. The last step is saved before it
-        is scored too: the final scoring is often the longest, and a run that is killed meanwhile needs no step again.
-        While steps are skipped nothing is saved but the last step:
-        the update before them may be what ruined the generator, and checkpoints from before it would be removed.
+        is scored too: the final scoring is often the longest, and a run that is killed meanwhile repeats no step.
+        While steps are skipped, only the last step is saved: the update before them may have ruined the generator, and
+        a new checkpoint would remove one from before it.
 
         Raises:
             EngineError: more than `max_skipped_steps` steps in a row had a loss or gradient norm that is not finite.
@@ -95,7 +95,7 @@ class _Skips:
     """The steps whose update was left out because the loss or the gradient norm was not finite."""
 
     limit: int
-    """How many in a row a run survives."""
+    """Largest number of skipped steps in a row."""
     saved_step: int
     """The step of the newest checkpoint; 0 if there is none."""
     total: int = 0
@@ -103,7 +103,7 @@ class _Skips:
     last: str = ""
 
     def count(self, done: int, result: StepResult, tasks: Sequence[str]) -> None:
-        """Take note of one step; `done` counts from 1."""
+        """Record one step; `done` counts from 1."""
         if result.is_finite:
             self.in_a_row = 0
             return
