@@ -29,6 +29,7 @@ VERBS = (
     "predict",
     "export",
     "tasks",
+    "models",
     "validate",
     "plan",
     "schema",
