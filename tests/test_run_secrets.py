@@ -9,6 +9,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from hyperscale.cli import main
 from tests import cluster
 from tests.mlflow_server import free_port, mlflow_server
 from tests.runs import write_tasks
@@ -32,18 +33,11 @@ class Place:
         return f"http://user:{PASSWORD}@127.0.0.1:{self.port}"
 
     def command(self, *arguments: object, **variables: str) -> str:
-        """Run `hyperscale ARGUMENTS` and return its output and error output; it must succeed."""
+        """Run `hyperscale ARGUMENTS` in a process of its own; it must succeed. Return what it printed."""
         done = cluster.run(*arguments, environment=cluster.client_environment(**variables), folder=self.folder)
         self.printed[" ".join(map(str, arguments))] = done.stdout + done.stderr
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
-
-    def run_with_error(self, *arguments: object) -> str:
-        """Run a command that must end with a user's error, and return its error output."""
-        done = cluster.run(*arguments, environment=cluster.client_environment(), folder=self.folder)
-        assert done.returncode == 2, done.stdout + done.stderr
-        self.printed[" ".join(map(str, arguments))] = done.stdout + done.stderr
-        return done.stderr
 
     def write(self, name: str, values: Mapping[str, object]) -> Path:
         path = self.folder / name
@@ -55,13 +49,38 @@ class Place:
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         return [str(run.info.run_name).partition("_lr")[0] for run in client.search_runs(experiments)]
 
-    def leaks(self, but: Path) -> list[str]:
-        """Return the files and outputs that hold the password in any form; `but`: the recipe that the user wrote."""
+    def leaks(self, *others: Path, but: Path) -> list[str]:
+        """Return the files and outputs that hold the password in any form.
+
+        `but`: the recipe that the user wrote; `others`: more folders to search.
+        """
         needles = [form.encode() for form in FORMS]
-        files = [path for path in self.folder.rglob("*") if path.is_file() and path != but]
+        files = [path for folder in (self.folder, *others) for path in folder.rglob("*") if path.is_file()]
         assert len(files) > 20
-        leaking_files = [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
-        return leaking_files + [name for name, text in self.printed.items() if any(form in text for form in FORMS)]
+        leaking = [str(path) for path in files if path != but and any(form in path.read_bytes() for form in needles)]
+        return leaking + [name for name, text in self.printed.items() if any(form in text for form in FORMS)]
+
+
+@dataclass
+class Terminal:
+    """Runs commands in this process, which starts none; keeps what they print."""
+
+    place: Place
+    capture: pytest.CaptureFixture[str]
+
+    def run(self, code: int, *arguments: object) -> str:
+        """Run `hyperscale ARGUMENTS`, which must end with this exit code, and return what it printed."""
+        ended = main([str(argument) for argument in arguments])
+        output, errors = self.capture.readouterr()
+        self.place.printed[" ".join(map(str, arguments))] = output + errors
+        assert ended == code, output + errors
+        return output + errors
+
+
+@pytest.fixture
+def terminal(place: Place, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.chdir(place.folder)
+    return Terminal(place, capfd)
 
 
 @pytest.fixture(scope="module")
@@ -89,33 +108,36 @@ def write_recipe(place: Place, backbone: Path) -> Path:
     return place.write("recipe.yaml", recipe)
 
 
-def test_a_password_is_nowhere_in_what_runs_leave_behind(place: Place) -> None:
-    recipe, run, known = place.folder / "recipe.yaml", place.folder / "runs/base", place.uri
+def test_a_password_is_nowhere_in_what_runs_leave_behind(
+    place: Place, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = place.folder / "recipe.yaml", place.folder / "runs/base"
     local = ("--launcher", "local")
-    place.command("train", recipe, *local)
+    terminal.run(0, "train", recipe, *local)
     assert list((run / "bundles").iterdir())
     (run / "result.json").unlink()
-    place.command("train", recipe, *local, "--resume", "training.steps=4")
+    terminal.run(0, "train", recipe, *local, "--resume", "training.steps=4")
 
     # The recipe of a run folder has lost the password: it comes from the environment, or the run does not start.
     masked = yaml.safe_load((run / "recipe.yaml").read_text())["tracking"]["mlflow"]["uri"]
     assert masked == f"http://***@127.0.0.1:{place.port}"
     again = ("train", run / "recipe.yaml", *local, f"output={place.folder / 'runs/again'}", "name=again")
-    assert "run folders hold no passwords" in place.run_with_error(*again)
-    assert not (place.folder / "runs/again").exists()
-    place.command(*again, MLFLOW_TRACKING_URI=known)
-
     adapt = ("adapt", run, "--task", place.folder / "tasks/plural.yaml", *local)
-    assert "run folders hold no passwords" in place.run_with_error(*adapt)
-    place.command(*adapt, MLFLOW_TRACKING_URI=known)
-    place.command("evaluate", run)
-    place.command("export", run, "--output", place.folder / "exported")
-    place.command("track", run, MLFLOW_TRACKING_URI=known)
+    for command in (again, adapt):
+        assert "run folders hold no passwords" in terminal.run(2, *command)
+    assert not (place.folder / "runs/again").exists()
+    with monkeypatch.context() as variables:
+        variables.setenv("MLFLOW_TRACKING_URI", place.uri)
+        for command in (again, adapt, ("track", run)):
+            terminal.run(0, *command)
+    terminal.run(0, "evaluate", run)
+    terminal.run(0, "export", run, "--output", place.folder / "exported")
 
     assert {"again", "base", "base-plural"} <= set(place.names_of_runs())
     assert place.leaks(but=recipe) == []
 
 
+@pytest.mark.long
 def test_a_password_is_nowhere_in_what_a_comparison_leaves_behind(place: Place) -> None:
     """Its children get the password in their environment."""
     recipe, local = place.folder / "recipe.yaml", ("--launcher", "local")
@@ -126,3 +148,21 @@ def test_a_password_is_nowhere_in_what_a_comparison_leaves_behind(place: Place) 
     assert {"hypernetwork", "shared", "two"} <= set(place.names_of_runs())
     assert len(list((place.folder / "results/recipes").iterdir())) == 2
     assert place.leaks(but=recipe) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["ray", "torchrun"])
+def test_a_password_is_nowhere_in_what_two_workers_leave_behind(place: Place, launcher: str) -> None:
+    """Ray's own logs and files are searched too: the recipe of a run travels through it."""
+    recipe, run = place.folder / "recipe.yaml", place.folder / "runs" / launcher
+    words = ("--launcher", launcher, f"output={run}", f"name={launcher}", "cluster.workers=2", "engine.kind=zero")
+    if launcher == "ray":
+        with cluster.started_cluster(num_cpus=2) as head:
+            place.command("train", recipe, *words, **head.environment | {"RAY_ADDRESS": head.address})
+            leaks = place.leaks(head.folder, but=recipe)
+    else:
+        place.command("train", recipe, *words)
+        leaks = place.leaks(but=recipe)
+    assert launcher in place.names_of_runs()
+    assert (run / "bundles/feeling/hyperscale.json").is_file()
+    assert leaks == []
