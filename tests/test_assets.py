@@ -8,7 +8,6 @@ import logging
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -203,9 +202,8 @@ def test_an_unusable_cache_folder_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_packaged_backbone_is_an_ordinary_model_folder(smollm2: Path) -> None:
     before = {path: modified(path) for path in smollm2.iterdir()}
-    started = time.perf_counter()
     assert resolve_packaged(SMOLLM2) == smollm2
-    assert time.perf_counter() - started < 10  # nothing is unpacked again; the machine may be busy
+    # Nothing is unpacked again.
     assert {path: modified(path) for path in smollm2.iterdir()} == before
 
     facts = json.loads((smollm2 / "asset.json").read_text())
