@@ -92,6 +92,19 @@ def test_a_step_saved_anew_replaces_the_old_one_only_when_it_is_whole(folder: st
     assert paths[0].endswith("/step-000100")
 
 
+def test_a_new_state_leaves_the_other_files_as_they_are(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(folder, keep=2)
+    store.save(make_checkpoint(50))
+    path = store.save(make_checkpoint(100))
+    monkeypatch.setattr("hyperscale.checkpoint.store.save_file", None)
+    updated = store.update_state(path, {"evaluations": [1]})
+    assert_same(store.load(updated), replace(make_checkpoint(100), state={"evaluations": [1]}))
+    assert [name.rpartition("/")[2][:11] for name in store.list()] == ["step-000050", "step-000100"]
+    again = store.update_state(updated, {"evaluations": [1, 2]})
+    assert store.load(again).state == {"evaluations": [1, 2]}
+    assert find_checkpoint(folder) == again
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_checkpoint_with_numbers_that_are_not_finite_removes_nothing(folder: str, value: float) -> None:
     store = CheckpointStore(folder, keep=1)
@@ -238,7 +251,7 @@ _NURSERY = textwrap.dedent(
         loaded = store.load(path)
         assert loaded.step >= least, (loaded.step, least)
         assert torch.equal(loaded.tensors["generator"]["w"], checkpoint(loaded.step).tensors["generator"]["w"])
-        assert loaded.state == {"at": loaded.step}
+        assert loaded.state in ({"at": loaded.step}, {"scored": loaded.step})
         return loaded.step
 
     store.save(checkpoint(1))
@@ -257,7 +270,8 @@ _NURSERY = textwrap.dedent(
                         if seen == n:
                             os.kill(os.getpid(), signal.SIGKILL)
                 sys.addaudithook(hook)
-                store.save(checkpoint(step + 1))
+                path = store.save(checkpoint(step + 1))
+                store.update_state(path, {"scored": step + 1})
             _, status = os.waitpid(fork(work), 0)
             survived = os.WIFEXITED(status)
             assert survived or os.WTERMSIG(status) == signal.SIGKILL

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
+from hyperscale.checkpoint import store
+from hyperscale.checkpoint.store import CheckpointStore, find_checkpoint, load_checkpoint
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
 from hyperscale.data.loader import TrainLoader
@@ -163,33 +164,43 @@ def test_a_checkpoint_of_another_site_map_is_an_error(runs: Runs, tmp_path: Path
     assert "Use the recipe.yaml beside the checkpoint" in str(error.value)
 
 
-def test_a_step_that_is_scored_and_saved_is_saved_once(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The last step is saved before and after its scores; a stop during an earlier scoring repeats that step."""
+def test_weights_of_a_step_that_is_scored_and_saved_are_written_once(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is saved before it is scored, and the scores are added: a stop during any scoring repeats no step."""
     training = runs.resumed.training.model_dump() | {"evaluate_every": 1, "checkpoint_every": 1}
     recipe = continued(runs, tmp_path / "once", training=training)
-    saved: list[tuple[int, int]] = []
-    save, call = CheckpointStore.save, Evaluator.__call__
+    written: list[str] = []
+    write, call = store.save_file, Evaluator.__call__
 
-    def note(store: CheckpointStore, checkpoint: Checkpoint) -> str:
-        saved.append((checkpoint.step, max(record["step"] for record in checkpoint.state["evaluations"])))
-        return save(store, checkpoint)
+    def note(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        written.append(f"{file.parent.name} {file.stem}")
+        write(tensors, file)
 
     def stop_at_five(evaluator: Evaluator, step: int, stage: str) -> Evaluation:
         if step == 5:
             raise KeyboardInterrupt
         return call(evaluator, step, stage)
 
-    monkeypatch.setattr(CheckpointStore, "save", note)
+    def both(*names: str) -> list[str]:
+        return [f".{name}.partial {part}" for name in names for part in ("generator", "optimizer")]
+
+    monkeypatch.setattr(store, "save_file", note)
     with monkeypatch.context() as stopping:
         stopping.setattr(Evaluator, "__call__", stop_at_five)
         with pytest.raises(KeyboardInterrupt):
             train_in_process(recipe, resume=True)
-    assert saved == [(3, 3), (4, 4)]  # 3 was saved by the killed run without scores
-    saved.clear()
+    assert written == both("step-000003-2", "step-000004", "step-000005")  # 3 was saved by another process, not scored
+    four = load_checkpoint(str(Path(find_checkpoint(recipe.output)).with_name("step-000004")))
+    assert max(record["step"] for record in four.state["evaluations"]) == 4
+    written.clear()
     result = train_in_process(recipe, resume=True)
-    assert saved == [(5, 5), (6, 5), (6, 6)]
+    assert written == both("step-000005-2", "step-000006")
     validated = [entry["step"] for entry in result.evaluations if entry["stage"] == VALIDATION]
     assert validated == [2, 3, 4, 5, 6]
+    last = load_checkpoint(result.checkpoint)
+    assert last.state["evaluations"] == list(result.evaluations)
+    assert [entry["step"] for entry in lines(recipe.output) if entry["event"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_stopped_during_scoring_repeats_no_step(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

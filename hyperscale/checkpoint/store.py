@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,17 +82,33 @@ class CheckpointStore:
         can continue from.
         """
         self._require_finite(checkpoint)
+        return self._commit(checkpoint.step, lambda target: _commit_whole(checkpoint, target))
+
+    def update_state(self, path: str, state: Mapping[str, Any]) -> str:
+        """Commit the checkpoint at `path` anew with another `state`, and return its path. Rank 0 only.
+
+        The other files are linked, or copied by the storage itself. Nothing of them is written again.
+
+        Raises:
+            CheckpointError, RunFolderError: as `save`.
+        """
+        source = open_place(path)
+        key = parse_name(source.name)
+        assert key is not None, "only a checkpoint that this store has saved is updated"
+        return self._commit(key[0], lambda target: _commit_state(key[0], state, source, target))
+
+    def _commit(self, step: int, write: Callable[[Place], None]) -> str:
         for seconds in _PAUSES:
             try:
-                return self._save(checkpoint)
+                return self._commit_once(step, write)
             except OSError as error:
-                _logger.warning("checkpoint of step %d: %s; trying again in %d s", checkpoint.step, error, seconds)
+                _logger.warning("checkpoint of step %d: %s; trying again in %d s", step, error, seconds)
                 time.sleep(seconds)
         try:
-            return self._save(checkpoint)
+            return self._commit_once(step, write)
         except OSError as error:
             raise CheckpointError(
-                f"The checkpoint of step {checkpoint.step} cannot be written in {self._run.child(CHECKPOINTS)}: "
+                f"The checkpoint of step {step} cannot be written in {self._run.child(CHECKPOINTS)}: "
                 f"{error}. Free some space or fix the location, then use --resume. {self._last_whole()}",
                 is_transient=True,
             ) from error
@@ -107,16 +123,13 @@ class CheckpointStore:
                         "lower learning rate: --resume training.optimizer.learning_rate=…"
                     )
 
-    def _save(self, checkpoint: Checkpoint) -> str:
+    def _commit_once(self, step: int, write: Callable[[Place], None]) -> str:
         check_owner(self._run, self._owner)
         self.sweep()
-        target = self._run.child(CHECKPOINTS).child(self._free_name(checkpoint.step))
-        if target.is_local:
-            _commit_locally(checkpoint, target.local_path)
-        else:
-            _commit_remotely(checkpoint, target)
+        target = self._run.child(CHECKPOINTS).child(self._free_name(step))
+        write(target)
         self._prune()
-        return str(_with_plain_name(target, checkpoint.step))
+        return str(_with_plain_name(target, step))
 
     def _last_whole(self) -> str:
         try:
@@ -203,13 +216,52 @@ def load_checkpoint(path: str, only: Collection[str] | None = None) -> Checkpoin
         )
 
 
-def _commit_locally(checkpoint: Checkpoint, target: Path) -> None:
+def _commit_whole(checkpoint: Checkpoint, target: Place) -> None:
+    def write(folder: Path) -> None:
+        _write_state(checkpoint.step, checkpoint.state, folder)
+        _write_files(checkpoint, folder)
+
+    if target.is_local:
+        _commit_locally(write, target.local_path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write(folder)
+        target.fs.makedirs(target.path, exist_ok=True)
+        for file in sorted(folder.iterdir()):
+            target.fs.put_file(str(file), target.child(file.name).path)
+        target.fs.pipe_file(target.child(MARKER).path, _marker(_entries(folder)))
+
+
+def _commit_state(step: int, state: Mapping[str, Any], source: Place, target: Place) -> None:
+    """Write a checkpoint with the files of `source`, but another state."""
+    files = _read_marker(source)
+    others = [name for name in files if name != STATE]
+    if target.is_local:
+
+        def write(folder: Path) -> None:
+            for name in others:
+                _link(source.local_path / name, folder / name)
+            _write_state(step, state, folder)
+
+        _commit_locally(write, target.local_path)
+        return
+    target.fs.makedirs(target.path, exist_ok=True)
+    for name in others:
+        _copy(source.child(name), target.child(name))
+    with tempfile.TemporaryDirectory() as scratch:
+        _write_state(step, state, Path(scratch))
+        target.fs.put_file(str(Path(scratch) / STATE), target.child(STATE).path)
+        target.fs.pipe_file(target.child(MARKER).path, _marker(files | _entries(Path(scratch))))
+
+
+def _commit_locally(write: Callable[[Path], None], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}{_PARTIAL}")
     try:
         partial.mkdir()
-        _write_files(checkpoint, partial)
-        (partial / MARKER).write_text(_marker(partial), "utf-8")
+        write(partial)
+        (partial / MARKER).write_bytes(_marker(_entries(partial)))
         for file in partial.iterdir():
             _flush(file)
         _flush(partial)
@@ -219,19 +271,28 @@ def _commit_locally(checkpoint: Checkpoint, target: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _commit_remotely(checkpoint: Checkpoint, target: Place) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        _write_files(checkpoint, folder)
-        target.fs.makedirs(target.path, exist_ok=True)
-        for file in sorted(folder.iterdir()):
-            target.fs.put_file(str(file), target.child(file.name).path)
-        target.fs.pipe_file(target.child(MARKER).path, _marker(folder).encode())
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links. Committed files never change."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _copy(source: Place, target: Place) -> None:
+    """Let the storage copy a file, or carry it through this machine where it cannot."""
+    try:
+        source.fs.cp_file(source.path, target.path)
+    except NotImplementedError:
+        target.fs.pipe_file(target.path, source.fs.cat_file(source.path))
+
+
+def _write_state(step: int, state: Mapping[str, Any], folder: Path) -> None:
+    (folder / STATE).write_text(json.dumps({"step": step, "state": state}, indent=1), "utf-8")
 
 
 def _write_files(checkpoint: Checkpoint, folder: Path) -> None:
-    state = {"step": checkpoint.step, "state": checkpoint.state}
-    (folder / STATE).write_text(json.dumps(state, indent=1), "utf-8")
+    """Write everything but the state, which must lie there already."""
     (folder / MANIFEST).write_text(json.dumps(checkpoint.manifest, indent=1), "utf-8")
     (folder / RECIPE).write_text(yaml.safe_dump(dict(checkpoint.recipe), sort_keys=False, allow_unicode=True), "utf-8")
     for key, tensors in checkpoint.tensors.items():
@@ -241,13 +302,17 @@ def _write_files(checkpoint: Checkpoint, folder: Path) -> None:
         file.chmod((folder / STATE).stat().st_mode)
 
 
-def _marker(folder: Path) -> str:
-    files = {
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the size and the digest of every file."""
+    return {
         file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.iterdir())
         if file.name != MARKER
     }
-    return json.dumps({"format": _FORMAT, "files": files}, indent=1)
+
+
+def _marker(files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    return json.dumps({"format": _FORMAT, "files": files}, indent=1).encode()
 
 
 def _read_marker(place: Place) -> dict[str, dict[str, Any]]:

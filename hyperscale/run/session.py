@@ -89,6 +89,8 @@ class TrainingRun:
         if checkpoint:
             self.loader.load_state(state["loader"])
         self.evaluator = session.evaluator()
+        self._saved: dict[int, str] = {}
+        """The newest step that this process has saved, and the path of its checkpoint."""
         self._last_step = LastStep(self.start_step)
         self.callbacks: Sequence[Callback] = (self._last_step, *callbacks) if callbacks else ()
 
@@ -139,7 +141,10 @@ class TrainingRun:
         )
 
     def save(self, step: int) -> None:
-        """Commit a checkpoint on rank 0. The other ranks wait, so that none continues before the checkpoint is safe."""
+        """Commit a checkpoint on rank 0. The other ranks wait, so that none continues before the checkpoint is safe.
+
+        A step that this process has saved already gets only a new state.
+        """
         if self.session.is_first:
             state = {
                 "loader": self.loader.state(),
@@ -149,9 +154,14 @@ class TrainingRun:
                 "evaluations": [asdict(record) for record in self.evaluations],
                 "tracking": self._merged_tracking_state(),
             }
-            recipe = shareable_recipe(self.session.recipe)
-            checkpoint = Checkpoint(step, self.session.engine.state(), state, self.session.manifest, recipe)
-            path = self.session.store.save(checkpoint)
+            path = self._saved.get(step)
+            if path is None:
+                recipe = shareable_recipe(self.session.recipe)
+                checkpoint = Checkpoint(step, self.session.engine.state(), state, self.session.manifest, recipe)
+                path = self.session.store.save(checkpoint)
+            else:
+                path = self.session.store.update_state(path, state)
+            self._saved = {step: path}
             for callback in self.callbacks:
                 callback.on_checkpoint(CheckpointRecord(step, path))
         self.session.engine.collective.barrier()

@@ -29,13 +29,13 @@ class Trainer:
     is_scored: Callable[[int], bool]
     """Whether this step has already been evaluated, in this run or in the run that it continues."""
     save: Callable[[int], None]
-    """Called on every rank with the number of steps done."""
+    """Called on every rank with the number of steps done. A second call for a step writes no weights again."""
 
     def run(self, start_step: int) -> None:
         """Step from `start_step` (steps already done) to the end; evaluates and saves at the end in any case.
 
-        A step that is due for both is scored first and saved once, with its scores. The last step is saved before it
-        is scored too: the final scoring is often the longest, and a run that is killed meanwhile repeats no step.
+        A step that is due for both is saved before it is scored, because scoring may take longer than the steps: a run
+        that is killed meanwhile repeats no step. `save` then adds the scores.
         While steps are skipped, only the last step is saved: the update before them may have ruined the generator, and
         a new checkpoint would remove one from before it.
 
@@ -60,13 +60,13 @@ class Trainer:
             saves = self._is_due(done, self.settings.checkpoint_every) and (
                 not skips.in_a_row or done == self.settings.steps
             )
-            if done == self.settings.steps:
-                self.save(done)
-            if self._is_due(done, self.settings.evaluate_every):
-                self.evaluate(done)
             if saves:
                 self.save(done)
                 skips.saved_step = done
+            if self._is_due(done, self.settings.evaluate_every):
+                self.evaluate(done)
+                if saves:
+                    self.save(done)
 
     def _record(
         self, done: int, result: StepResult, seconds: float, throughput: Throughput, skipped_steps: int
