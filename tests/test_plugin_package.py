@@ -1,4 +1,4 @@
-"""Another package adds an adapter kind, a generator, a model family and a tracker: installed, trained, exported."""
+"""Another package adds an adapter kind, a generator, a family, a tracker and a metric: installed, trained, exported."""
 
 import json
 import os
@@ -92,6 +92,8 @@ def test_train_plan_export_and_predict(tmp_path: Path, seed_oss: Path, environme
     assert [line.partition(",")[0] for line in steps.read_text().splitlines()] == ["step", "1", "2"]
     wrong = cluster.run("validate", recipe, *tracker, "tracking.csv.flie=x", **place)
     assert (wrong.returncode, "csv.flie: Extra inputs" in wrong.stderr) == (2, True), wrong.stderr
+    scores = json.loads((tmp_path / "run/result.json").read_text())["evaluations"][-1]["scores"]["past"]
+    assert 0 <= scores["length_ratio"] <= 100
     bundle = tmp_path / "run/bundles/past"
     tensors = load_file(bundle / "weights.safetensors")
     assert any("/shift/" in name and tensor.any() for name, tensor in tensors.items())

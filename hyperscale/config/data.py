@@ -40,7 +40,8 @@ class DataSettings(Section):
     only among its micro-batches."""
     too_long: Literal["drop", "error", "truncate_source"] = "drop"
     """What happens to a row that exceeds a token limit. A target is never cut: if the target is too long,
-    `truncate_source` drops the row."""
+    `truncate_source` drops the row. It takes tokens out of the middle of a prompt; a conversation first loses its
+    oldest exchanges."""
 
     @model_validator(mode="after")
     def _tasks_fit(self) -> Self:

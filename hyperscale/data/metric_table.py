@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from hyperscale.config.plugins import Registry, import_object
-from hyperscale.errors import nearest
+from hyperscale.errors import DataError, nearest
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
 """Takes predictions and references, as many of each, without outer spaces; returns a score in percent."""
@@ -50,8 +50,14 @@ def register_metric(name: str, function: str | Metric) -> None:
 
 
 def metric(name: str) -> Metric:
-    """Return what computes a metric of the table."""
-    function = METRICS[name]
+    """Return what computes a metric.
+
+    Raises:
+        DataError: neither the package nor a plug-in has it.
+    """
+    function = METRICS.find(name)
+    if function is None:
+        raise DataError(f"metric {name} is in no installed package; install the one that the run was scored with")
     return cast(Metric, import_object(function)) if isinstance(function, str) else function
 
 

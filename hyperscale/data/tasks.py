@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
@@ -17,7 +17,15 @@ from hyperscale.data.origins import Source, located
 from hyperscale.data.tagging import Tagging
 from hyperscale.errors import DataError, nearest
 
-MetricName = Annotated[str, AfterValidator(check_metric)]
+_IS_FILE = {"is_file": True}
+
+
+def _check_in_files(name: str, info: ValidationInfo) -> str:
+    """Check a metric's name in a task file. A bundle is served without the packages that scored its task."""
+    return check_metric(name) if info.context == _IS_FILE else name
+
+
+MetricName = Annotated[str, AfterValidator(_check_in_files)]
 _LABEL_METRICS = {"accuracy", "f1", "macro_f1", "mcc"}
 _NUMBER_METRICS = {"pearson", "spearman"}
 _TAGGING_TOKENS = 256
@@ -279,7 +287,7 @@ def _given_name(path: Path) -> str | None:
 def _read_task(path: Path) -> Task:
     file = read_file(path, "a task", DataError)
     try:
-        task = Task.model_validate({"name": path.stem, **file.values})
+        task = Task.model_validate({"name": path.stem, **file.values}, context=_IS_FILE)
     except ValidationError as error:
         raise DataError("\n".join(describe(error, Task, file.where))) from error
     return task.model_copy(update={"source": located(task.source, path.absolute().parent)})

@@ -49,3 +49,7 @@ def families() -> None:
 
 def trackers() -> None:
     register_tracker("csv", "hyperscale_example.csv_tracker:CsvTracker", CsvSettings)
+
+
+def metrics() -> None:
+    hs.register_metric("length_ratio", "hyperscale_example.length_ratio:length_ratio")
