@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.model.backbone import build_empty, load_dense, open_backbone
-from hyperscale.model.quantized import Int8Linear, quantize
+from hyperscale.model.quantized.int8 import Int8Linear, quantize
 from hyperscale.planning.parts import find_parts
 
 

@@ -149,9 +149,14 @@ def test_free_memory_of_this_host() -> None:
 
 
 def test_a_budget_is_filled_in_order() -> None:
-    norm, block, head, embedding = Part("norm", (8,), (2,), 2, False), 1000, 70_000, 70_000
-    blocks = [Part(f"layers.{index}", (block // 2, block // 2), (2, 2), 2, True) for index in range(3)]
-    parts = [Part("embed", (embedding,), (2,), 1, False), *blocks, norm, Part("head", (head,), (2,), 2, False)]
+    norm, block, head, embedding = Part("norm", (8,), (2,), 8, 2, False), 1000, 70_000, 70_000
+    blocks = [Part(f"layers.{index}", (block // 2, block // 2), (2, 2), block, 2, True) for index in range(3)]
+    parts = [
+        Part("embed", (embedding,), (2,), embedding, 1, False),
+        *blocks,
+        norm,
+        Part("head", (head,), (2,), head, 2, False),
+    ]
     assert choose_resident(parts, 0) == frozenset()
     assert choose_resident(parts, 16) == {"norm"}
     assert choose_resident(parts, 2 * 2000 + 16) == {"norm", "layers.0", "layers.1"}
@@ -184,6 +189,6 @@ def test_a_frozen_linear_keeps_nothing_of_its_weight(bias: bool) -> None:
 
 def test_one_rank_decides_alone(tiny_llama_folder: Path, tasks: list[str], tmp_path: Path) -> None:
     chosen = make_recipe(tiny_llama_folder, tasks, tmp_path, engine={"kind": "zero", "resident": "10KB"})
-    parts = (Part("small", (100,), (4,), 2, False), Part("large", (10_000,), (4,), 2, True))
+    parts = (Part("small", (100,), (4,), 100, 2, False), Part("large", (10_000,), (4,), 10_000, 2, True))
     workload = partial(describe_run, chosen, open_backbone(chosen.backbone))
     assert agree_on_resident(chosen.engine, workload, parts, SingleProcess(), CPU).parts == {"small"}

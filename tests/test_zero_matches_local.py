@@ -91,6 +91,7 @@ def held_by(engine: Engine) -> int:
 ACCUMULATED = {"training": {"micro_batch_size": 2}}  # two micro-batches on each of two ranks
 AT_ONCE = {"training": {"micro_batch_size": 4}}
 INT8 = {"backbone": {"quantization": "int8"}}
+NF4 = {"backbone": {"quantization": "nf4"}}
 CHECKPOINTED = {"engine": {"activation_checkpointing": True}}
 SUM = {
     "training": {
@@ -144,6 +145,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             ("", "hypernetwork", {}),
             ("-per-layer-checkpointed-sum", "per_layer", CHECKPOINTED | SUM),
             ("-independent", "independent", {}),
+            ("-nf4-accumulated-checkpointed", "hypernetwork", ACCUMULATED | CHECKPOINTED | NF4),
         )
     },
     "llama-shared-samples": (
@@ -244,17 +246,20 @@ def test_sharded_weights_are_the_stored_ones(
                 assert torch.equal(actual[name], tensor), (path, name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", "int8"), ("bfloat16", "int8"), ("float32", "int4"), ("bfloat16", "nf4")]
+)
 def test_shards_of_integers_are_those_of_the_whole_tensors(
-    two_ranks: Ranks, tiny_llama_folder: Path, tiny_t5_folder: Path, tmp_path: Path, dtype: str
+    two_ranks: Ranks, tiny_llama_folder: Path, tiny_t5_folder: Path, tmp_path: Path, dtype: str, quantization: str
 ):
-    """An odd width cuts rows between the ranks."""
+    """An odd width cuts rows and blocks between the ranks."""
     odd = tiny.tiny_llama(tmp_path / "odd", intermediate_size=63)
     for path in (tiny_llama_folder, tiny_t5_folder, odd):
-        settings = BackboneSettings.model_validate({"name": str(path), "dtype": dtype, "quantization": "int8"})
+        settings = BackboneSettings.model_validate({"name": str(path), "dtype": dtype, "quantization": quantization})
         expected = dict(load_dense(open_backbone(settings), settings).named_parameters(remove_duplicate=False))
-        assert {torch.int8, DTYPES[dtype]} == {tensor.dtype for tensor in expected.values()}
-        for actual in two_ranks.run(gathered, path, dtype, "int8"):
+        scale_bits = set() if quantization == "int8" else {torch.int32}
+        assert {torch.int8, DTYPES[dtype]} | scale_bits == {tensor.dtype for tensor in expected.values()}
+        for actual in two_ranks.run(gathered, path, dtype, quantization):
             assert actual.keys() == expected.keys()
             for name, tensor in expected.items():
                 assert actual[name].dtype == tensor.dtype
@@ -313,6 +318,7 @@ def test_a_shard_that_does_not_hold_its_files_numbers_is_named(two_ranks: Ranks,
     [
         ("llama", "zero3_offload", {}, "none"),
         ("t5", "zero3_offload", {}, "int8"),
+        ("llama", "zero3_offload", {}, "nf4"),
         # Once: DeepSpeed makes these groups once in a process.
         ("t5", "zero3_hpz", {"zero_hpz_partition_size": 2}, "int8"),
     ],

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from hyperscale.config.section import Section
 
+Quantization = Literal["none", "int8", "nf4", "int4"]
+
 
 class BackboneSettings(Section):
     """A Hugging Face model of a known family (docs/backbones.md): a packaged name, a local folder, or a hub id."""
@@ -16,9 +18,10 @@ class BackboneSettings(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The dtype in which the frozen weights are stored and multiplied. The generator is always fp32."""
-    quantization: Literal["none", "int8"] = "none"
-    """`int8`: the blocks' linear layers are stored, sharded and gathered as 8-bit integers with one scale per output,
-    and multiplied in `dtype`. Embeddings, norms and the head stay in `dtype`."""
+    quantization: Quantization = "none"
+    """How the blocks' linear layers are stored, sharded and gathered. `int8`: 8-bit integers with one scale an output.
+    `nf4`: 4.13 bits a weight, the numbers of bitsandbytes' NF4 with double quantization. `int4`: the same scales, but
+    evenly spaced numbers. They are multiplied in `dtype`; embeddings, norms and the head stay in `dtype`."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone while training (T5 was trained with 0.1, LLaMA with none)."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

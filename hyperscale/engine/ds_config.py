@@ -86,7 +86,7 @@ def complete_ds_config(
     done["bf16"] = bf16
     zero = _section(raw, "zero_optimization", problems)
     problems += _fill(zero, "stage", 3, "zero_optimization.stage")
-    problems += _unsupported(zero, backbone.quantization == "int8")
+    problems += _unsupported(zero, backbone.quantization)
     _fill_live_limits(zero, block_numel, outer_numel)
     done["zero_optimization"] = zero
     if problems:
@@ -95,7 +95,7 @@ def complete_ds_config(
     return _without_auto(done)
 
 
-def _unsupported(zero: Mapping[str, Any], is_int8: bool) -> list[str]:
+def _unsupported(zero: Mapping[str, Any], quantization: str) -> list[str]:
     """Name what the loader of shards cannot do."""
     problems = [
         f"'zero_optimization.{key}' cannot be used with a frozen backbone, whose weights would load as zeros: remove "
@@ -103,10 +103,10 @@ def _unsupported(zero: Mapping[str, Any], is_int8: bool) -> list[str]:
         for key in _QUANTIZED
         if zero.get(key, "auto") not in (False, "auto")
     ]
-    if is_int8 and zero.get("stage3_use_all_reduce_for_fetch_params", "auto") not in (False, "auto"):
+    if quantization != "none" and zero.get("stage3_use_all_reduce_for_fetch_params", "auto") not in (False, "auto"):
         problems.append(
             "'zero_optimization.stage3_use_all_reduce_for_fetch_params' gathers integers and scales as one dtype, so "
-            "it does not work with backbone.quantization=int8: remove it"
+            f"it does not work with backbone.quantization={quantization}: remove it"
         )
     offload = zero.get("offload_param")
     if isinstance(offload, Mapping) and offload.get("device") == "nvme":

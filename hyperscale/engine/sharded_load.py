@@ -4,26 +4,36 @@ A partitioned parameter is the rank's share of the flattened tensor, and safeten
 one byte range.
 """
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import Tensor, nn
 
+from hyperscale.engine.collective import Collective, TorchCollective
 from hyperscale.engine.deepspeed_names import convert, cut_second_shards, shard_of, shard_start
+from hyperscale.engine.shard_sources import (
+    AbsmaxSource,
+    CodeSource,
+    FourBitTensor,
+    Int8Source,
+    PlainSource,
+    ScaleSource,
+    Source,
+)
 from hyperscale.engine.shared_shards import ShardFile
-from hyperscale.engine.slices import SliceReader, StoredTensor, index_tensors, slice_reader
+from hyperscale.engine.slices import StoredTensor, index_tensors, slice_reader
 from hyperscale.errors import BackboneError
 from hyperscale.model.backbone import BackboneFolder
-from hyperscale.model.quantized import SCALE, quantize
+from hyperscale.model.quantized import four_bits
+from hyperscale.model.quantized.four_bits import FourBitLinear
+from hyperscale.model.quantized.int8 import SCALE, Int8Linear
 from hyperscale.model.shapes import record_whole_shape
 
 _SAMPLE = 64
 """Elements of each shard that are compared with the file once it is filled."""
-_ROWS_BYTES = 16 * 1024 * 1024
-"""Of rows that are quantized at once, in fp32."""
 
 
 def load_sharded(
@@ -43,34 +53,26 @@ def load_sharded(
             file does.
     """
     stored = index_tensors(folder.files)
-    sources = [(names, _source(names, parameter, stored, folder)) for parameter, names in _names(backbone)]
+    sources = _sources(backbone, stored, folder, TorchCollective(device))
     partitioner = Init(config_dict_or_path=dict(ds_config), enabled=False)
     keeps_second_shards = int(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1
     dtype = next(one.dtype for one in backbone.parameters() if one.is_floating_point())
     with slice_reader() as reader:
-        for names, source in sources:
-            wanted = backbone.get_parameter(names[0]).dtype
+        while sources:
+            names, source = sources.popleft()  # a tensor in four bits keeps an absmax for each block until then
+            dtype_of_shard = backbone.get_parameter(names[0]).dtype
             parameter = _partition_empty(partitioner, backbone, names, device)
             if file is not None:
                 file.take(parameter)
             share = shard_of(parameter)
             share.zero_()
             start = shard_start(parameter)
-            _fill(share, source, start, reader, dtype)
-            sample = torch.zeros(min(_SAMPLE, share.numel()), dtype=wanted)
-            _fill(sample, source, start, reader, dtype)
+            source.fill(share, start, reader, dtype)
+            sample = torch.zeros(min(_SAMPLE, share.numel()), dtype=dtype_of_shard)
+            source.fill_sample(sample, start, reader, dtype)
             _check_sample(names[0], share, sample)
             if keeps_second_shards:
                 cut_second_shards(parameter)
-
-
-def _fill(
-    share: Tensor, source: "StoredTensor | _Quantized", start: int, reader: SliceReader, dtype: torch.dtype
-) -> None:
-    if isinstance(source, StoredTensor):
-        reader.read_into(share, source, start)
-    else:
-        source.fill(share, start, reader, dtype)
 
 
 def _check_sample(name: str, share: Tensor, sample: Tensor) -> None:
@@ -87,61 +89,55 @@ def _check_sample(name: str, share: Tensor, sample: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Quantized:
-    """The integers or the scales of a tensor that is quantized on the way."""
-
-    stored: StoredTensor
-    """[out, in]"""
-    wants_scales: bool
-
-    def fill(self, share: Tensor, start: int, reader: SliceReader, dtype: torch.dtype) -> None:
-        """Fill the 1-D `share` with the flat elements from `start` on; reads the rows that it touches, whole.
-
-        `dtype` is the backbone's: rows are rounded to it first, as where the whole model is loaded.
-        """
-        num_rows, width = self.stored.shape
-        each = 1 if self.wants_scales else width
-        end = min(start + share.numel(), num_rows * each)
-        at_once = max(1, _ROWS_BYTES // (4 * width))
-        for first in range(start // each, -(-end // each), at_once):
-            last = min(first + at_once, -(-end // each))
-            rows = torch.empty((last - first) * width, dtype=dtype)
-            reader.read_into(rows, self.stored, first * width)
-            integers, scales = quantize(rows.view(-1, width))
-            made = scales if self.wants_scales else integers.flatten()
-            low, high = max(start, first * each), min(end, last * each)
-            share[low - start : high - start].copy_(made[low - first * each : high - first * each])
-
-
 def _names(backbone: nn.Module) -> list[tuple[Any, list[str]]]:
     """List every parameter once, with all its names: tied weights have several, of which a file may hold any."""
-    found: dict[int, tuple[Any, list[str]]] = {}
+    by_id: dict[int, tuple[Any, list[str]]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), (parameter, []))[1].append(name)
-    return list(found.values())
+        by_id.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return list(by_id.values())
 
 
-def _source(
-    names: list[str], parameter: nn.Parameter, stored: Mapping[str, StoredTensor], folder: BackboneFolder
-) -> StoredTensor | _Quantized:
-    owner, _, key = names[0].rpartition(".")
-    if key == SCALE:
-        weight = _find([f"{owner}.weight"], None, stored, folder)
-        return _Quantized(weight, wants_scales=True)
-    found = _find(names, tuple(parameter.shape), stored, folder)
-    return _Quantized(found, wants_scales=False) if parameter.dtype == torch.int8 else found
+def _sources(
+    backbone: nn.Module, stored: Mapping[str, StoredTensor], folder: BackboneFolder, collective: Collective
+) -> deque[tuple[list[str], Source]]:
+    """List every parameter's names with what fills it."""
+    tensors: dict[nn.Module, FourBitTensor] = {}
+    sources: deque[tuple[list[str], Source]] = deque()
+    for parameter, names in _names(backbone):
+        owner, _, key = names[0].rpartition(".")
+        layer = backbone.get_submodule(owner)
+        if key == "bias" or not isinstance(layer, Int8Linear | FourBitLinear):
+            sources.append((names, PlainSource(_find(names, tuple(parameter.shape), stored, folder))))
+            continue
+        weights = [f"{name.rpartition('.')[0]}.weight" for name in names]
+        weight = _find(weights, (layer.out_features, layer.in_features), stored, folder)
+        if isinstance(layer, Int8Linear):
+            sources.append((names, Int8Source(weight, wants_scales=key == SCALE)))
+        else:
+            tensor = tensors.setdefault(layer, FourBitTensor(weight, layer.kind, collective))
+            sources.append((names, _four_bit_source(key, tensor)))
+    return sources
+
+
+def _four_bit_source(key: str, tensor: FourBitTensor) -> Source:
+    match key:
+        case four_bits.ABSMAX:
+            return AbsmaxSource(tensor)
+        case four_bits.SCALE:
+            return ScaleSource(tensor)
+        case _:
+            return CodeSource(tensor)
 
 
 def _find(
-    names: list[str], shape: tuple[int, ...] | None, stored: Mapping[str, StoredTensor], folder: BackboneFolder
+    names: list[str], shape: tuple[int, ...], stored: Mapping[str, StoredTensor], folder: BackboneFolder
 ) -> StoredTensor:
     name = next((name for name in names if name in stored), None)
     if name is None:
         raise BackboneError(
             f"backbone.name: no file of {folder.path} holds the tensor '{names[0]}'; the checkpoint is incomplete"
         )
-    if shape is not None and stored[name].shape != shape:
+    if stored[name].shape != shape:
         raise BackboneError(
             f"backbone.name: tensor '{name}' in {stored[name].file} has shape {list(stored[name].shape)}, "
             f"but config.json makes it {list(shape)}"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from hyperscale.config.adaptation import AdapterSettings
+from hyperscale.config.backbone import Quantization
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.data.tasks import Task
@@ -32,7 +33,7 @@ class BundleBackbone(Section):
     """Branch, tag or commit of a hub id; bundles written before it was recorded have none."""
     digest: str
     dtype: Literal["bfloat16", "float32"]
-    quantization: Literal["none", "int8"] = "none"
+    quantization: Quantization = "none"
     model_type: str
 
 

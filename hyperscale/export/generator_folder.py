@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hyperscale.checkpoint.store import Checkpoint
 from hyperscale.config.adaptation import AdaptationSettings
+from hyperscale.config.backbone import Quantization
 from hyperscale.config.problems import describe
 from hyperscale.config.section import Section
 from hyperscale.errors import BundleError
@@ -44,7 +45,7 @@ class SavedBackbone(BackboneName):
     """sha256 of its weights."""
     model_type: str
     dtype: Literal["bfloat16", "float32"]
-    quantization: Literal["none", "int8"]
+    quantization: Quantization
 
 
 class SavedTask(Section):

@@ -27,7 +27,7 @@ from hyperscale.config.backbone import BackboneSettings
 from hyperscale.errors import BackboneError, nearest
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.attention import GROUPED
-from hyperscale.model.quantized import quantize_blocks
+from hyperscale.model.quantized.blocks import quantize_blocks
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _DROPOUTS = ("dropout_rate", "attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -253,8 +253,7 @@ def load_dense(folder: BackboneFolder, settings: BackboneSettings) -> PreTrained
 
 def _freeze(model: PreTrainedModel, folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
     model.requires_grad_(False)
-    if settings.quantization == "int8":
-        quantize_blocks(model, folder.architecture)
+    quantize_blocks(model, folder.architecture, settings.quantization)
     model.train(settings.dropout > 0)
     return model
 

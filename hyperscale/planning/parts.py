@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hyperscale.model.architectures import Architecture
+from hyperscale.model.quantized.blocks import num_weights
 from hyperscale.model.shapes import whole_numel
 
 
@@ -20,6 +21,8 @@ class Part:
     """Elements of each of its parameters, whole."""
     itemsizes: tuple[int, ...]
     """Bytes of an element of each."""
+    weights: int
+    """Weights that the parameters stand for: of quantized ones the weights before it, without scales."""
     gathers: int
     """How often a forward and backward pass gathers it when it is not resident: blocks, norms and the head in both, an
     input embedding in the forward pass alone, a tied embedding at most three times."""
@@ -58,7 +61,8 @@ def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, .
             tied = isinstance(module, nn.Embedding) and head.weight is module.weight
             gathers = 3 if tied else 1 if isinstance(module, nn.Embedding) else 2
             sizes = tuple(one.element_size() for one in own)
-            found.append(Part(name, tuple(map(whole_numel, own)), sizes, gathers, name in blocks))
+            numels = tuple(map(whole_numel, own))
+            found.append(Part(name, numels, sizes, num_weights(module, own), gathers, name in blocks))
     return tuple(found)
 
 

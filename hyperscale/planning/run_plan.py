@@ -52,6 +52,10 @@ class RunPlan:
 
     machine: Machine
     backbone_parameters: int
+    backbone_bytes: int
+    """As it is stored: whole, without padding."""
+    block_bits: float
+    """Stored bits for each weight of the blocks, scales and norms among them."""
     trained_parameters: int
     memory: MemoryPlan
     other: MemoryPlan
@@ -102,18 +106,21 @@ def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine
         scaled = scale_rows(*pair, rows, count)
         return plan_memory(scaled, sharding, frozenset(), machine.device).total
 
+    blocks = [part for part in workload.parts if part.is_block]
     largest = None if limit is None else _largest(lambda count: bare_total(both[chosen], count) <= limit)
     advice: list[str] = []
     if limit is not None and memory.total > limit:
         advice = _advice(recipe, memory, other, largest, limit, sharding)
     return RunPlan(
         machine=machine,
-        backbone_parameters=sum(part.numel for part in workload.parts),
+        backbone_bytes=sum(part.nbytes for part in workload.parts),
+        block_bits=8 * sum(part.nbytes for part in blocks) / sum(part.weights for part in blocks),
+        backbone_parameters=sum(part.weights for part in workload.parts),
         trained_parameters=workload.trained,
         memory=memory,
         other=other,
         checkpointed=chosen,
-        resident_numel=sum(part.numel for part in workload.parts if part.name in memory.resident),
+        resident_numel=sum(part.weights for part in workload.parts if part.name in memory.resident),
         host=_host(machine, memory),
         traffic=traffic,
         pace=pace,

@@ -66,9 +66,9 @@ def step_operations(workload: Workload, shape: StepShape, checkpointed: bool) ->
         if part.is_block:
             stack = part.name.partition(".")[0]
             length = lengths.get(stack, shape.source_tokens + shape.target_tokens)
-            operations += (4 + again) * part.numel * shape.rows * length
-        elif part.gathers > 1 and part.numel >= 2**16:
-            operations += 4 * part.numel * shape.rows * shape.target_tokens
+            operations += (4 + again) * part.weights * shape.rows * length
+        elif part.gathers > 1 and part.weights >= 2**16:
+            operations += 4 * part.weights * shape.rows * shape.target_tokens
     return operations
 
 

@@ -80,8 +80,12 @@ def render_text(plan: RunPlan, recipe: Recipe) -> str:
     """Return the plan as text for a terminal."""
     machine, memory = plan.machine, plan.memory
     kind = "GPUs" if machine.device == "cuda" else "CPU ranks"
+    stored: str = recipe.backbone.dtype
+    if recipe.backbone.quantization != "none":
+        stored += f" with blocks as {recipe.backbone.quantization} ({plan.block_bits:.3f} bits a weight)"
     title = (
-        f"{recipe.backbone.name}: {plan.backbone_parameters:,} frozen parameters in {recipe.backbone.dtype}, "
+        f"{recipe.backbone.name}: {plan.backbone_parameters:,} frozen parameters in {stored}, "
+        f"{format_size(plan.backbone_bytes)} in all; "
         f"{plan.trained_parameters:,} trained; {machine.ranks} {kind} on {machine.nodes} node(s)"
     )
     worst = f"one rank at its worst moment ({_MOMENTS[memory.moment]})"

@@ -13,6 +13,7 @@ from hyperscale.export.peft_format import require_peft_support
 from hyperscale.model.backbone import build_empty, open_backbone
 from hyperscale.model.build import Blueprint
 from hyperscale.model.generators.generator import num_parameters
+from hyperscale.model.quantized.blocks import num_weights
 from hyperscale.model.task_encoders.registry import blank_features
 
 
@@ -57,7 +58,7 @@ def check_recipe(recipe: Recipe, report_phase: Callable[[str], None]) -> Preflig
     features = blank_features(recipe.adaptation, len(corpus.tasks), folder.config.hidden_size)
     generator = blueprint.build_generator(recipe.adaptation, len(corpus.tasks), recipe.seed, features)
     return Preflight(
-        backbone_parameters=sum(parameter.numel() for parameter in empty.parameters()),
+        backbone_parameters=num_weights(empty),
         trained_parameters=num_parameters(generator),
         sites=len(blueprint.site_map.sites),
         rows={loaded.task.name: (len(loaded.train.encoded), len(loaded.validation.encoded)) for loaded in corpus.tasks},

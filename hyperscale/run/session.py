@@ -15,7 +15,7 @@ from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
 from hyperscale.model.generators.generator import num_parameters
-from hyperscale.model.shapes import whole_numel
+from hyperscale.model.quantized.blocks import num_weights
 from hyperscale.places import open_place
 from hyperscale.run.context import RunResult, WorkerContext, write_result
 from hyperscale.run.predictions import write_predictions
@@ -235,4 +235,4 @@ def _train_loader(session: Session) -> TrainLoader:
 
 
 def _backbone_parameters(engine: Engine) -> int:
-    return sum(whole_numel(parameter) for parameter in engine.model.backbone.parameters())
+    return num_weights(engine.model.backbone)

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hyperscale.model.architectures import Architecture
-
 SCALE = "weight_scale"
 _LARGEST = 127
 
@@ -69,20 +67,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(rows / scale.float().unsqueeze(1)).to(torch.int8), scale
 
 
-def quantize_blocks(backbone: nn.Module, architecture: Architecture) -> None:
-    """Store the linear layers of all blocks as 8-bit integers, in place; on the meta device, only their shapes.
-
-    Embeddings, norms and the head stay as they are.
-    """
-    for stack in architecture.stacks:
-        for block in backbone.get_submodule(stack.blocks).children():
-            for path, module in list(block.named_modules()):
-                if type(module) is nn.Linear:
-                    owner, _, name = path.rpartition(".")
-                    setattr(block.get_submodule(owner), name, _stored(module))
-
-
-def _stored(linear: nn.Linear) -> Int8Linear:
+def int8_of(linear: nn.Linear) -> Int8Linear:
+    """Return the layer with its weight as integers; on the meta device, with their shapes."""
     weight = linear.weight.detach()
     if weight.is_meta:
         scale = torch.empty(linear.out_features, dtype=weight.dtype, device="meta")
