@@ -28,6 +28,7 @@ from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.collective import TorchCollective
 from hyperscale.engine.ds_config import read_ds_config, read_sharding
 from hyperscale.engine.zero import ZeroEngine
+from hyperscale.model.architectures import architecture_of
 from hyperscale.model.backbone import DTYPES, open_backbone
 from hyperscale.planning.memory import describe_run, plan_memory
 from hyperscale.run.worker import build_engine
@@ -55,6 +56,23 @@ class Case:
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
     "llama-440m": {"hidden_size": 1280, "intermediate_size": 3456, "num_hidden_layers": 20, "num_attention_heads": 20},
+    "qwen3-110m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
+    "gemma2-110m": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "sliding_window": 32,
+    },
     "t5-220m": {"d_model": 768, "d_ff": 2048, "d_kv": 64, "num_layers": 12, "num_heads": 12},
     "t5-740m": {"d_model": 1024, "d_ff": 2816, "d_kv": 64, "num_layers": 24, "num_heads": 16},
 }
@@ -76,6 +94,9 @@ CASES = (
     Case("t5-740m", "bfloat16", "none", True),
     Case("t5-740m", "bfloat16", EVERYTHING, False),
     Case("llama-110m", "float32", "all", False),
+    Case("qwen3-110m", "float32", "none", False),
+    Case("gemma2-110m", "float32", "none", False),
+    Case("gemma2-110m", "bfloat16", EVERYTHING, False),
 )
 SHORT = (0, 2, 3, 6, 12, 13)
 """Both families in two sizes, something of every option."""
@@ -83,14 +104,12 @@ SHORT = (0, 2, 3, 6, 12, 13)
 
 def make_backbone(model: str, dtype: str, folder: Path) -> Path:
     """Save a model of random weights, tensor by tensor, as `save_pretrained` would name them."""
-    if model.startswith("llama"):
-        config: Any = transformers.LlamaConfig(vocab_size=32000, tie_word_embeddings=True, **SHAPES[model])
-        kind: Any = transformers.LlamaForCausalLM
-    else:
-        config = transformers.T5Config(
-            vocab_size=32128, feed_forward_proj="gated-gelu", decoder_start_token_id=0, **SHAPES[model]
-        )
-        kind = transformers.T5ForConditionalGeneration
+    model_type = model.partition("-")[0]
+    fields: dict[str, Any] = {"vocab_size": 32000, "tie_word_embeddings": True}
+    if model_type == "t5":
+        fields = {"vocab_size": 32128, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    config = transformers.CONFIG_MAPPING[model_type](**fields, **SHAPES[model])
+    kind: Any = getattr(transformers, architecture_of(model_type).model_class)
     with torch.device("meta"):
         empty = kind(config)
     target = folder / f"{model}-{dtype}"

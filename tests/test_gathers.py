@@ -81,17 +81,38 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("name", MODELS)
+TIED, OWN_HEAD, BOTH = {"embed_tokens": 3}, {"embed_tokens": 1, "lm_head": 2}, {"shared": 3}
+FAMILIES = {
+    name: (name, {"tie_word_embeddings": name not in ("qwen3", "olmo3")}, uses)
+    for name in tiny.FAMILIES
+    for uses in [BOTH if name.endswith("t5") else OWN_HEAD if name in ("qwen3", "olmo3") else TIED]
+}
+QUICK = ("gemma2", "umt5")
+"""Of the other families, those of `make test`: norms after sub-layers, and a position bias in every block."""
+CASES = [
+    *(pytest.param(name, checkpointing) for name in MODELS for checkpointing in (False, True)),
+    *(
+        pytest.param(name, checkpointing, marks=() if name in QUICK and checkpointing else pytest.mark.long)
+        for name in FAMILIES
+        for checkpointing in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), CASES)
 def test_a_block_is_gathered_once_a_pass(
     two_ranks: Ranks, tasks: list[str], tmp_path: Path, name: str, checkpointing: bool
 ):
-    family, changes, uses = MODELS[name]
-    folder = (tiny.tiny_llama if family == "llama" else tiny.tiny_t5)(tmp_path / name, **changes)
+    family, changes, uses = (MODELS | FAMILIES)[name]
+    if family in tiny.FAMILIES:
+        folder = tiny.tiny_family(tmp_path / name, family, **changes)
+    else:
+        folder = (tiny.tiny_llama if family == "llama" else tiny.tiny_t5)(tmp_path / name, **changes)
     recipe = make_recipe(
         folder,
         tasks,
         tmp_path,
+        adaptation={"adapters": [{"kind": "lora", "targets": "all"}, {"kind": "bottleneck"}, {"kind": "norm_delta"}]},
         training={"steps": 5, "batch_size": 8, "micro_batch_size": 4, "optimizer": {"warmup_steps": 1}},
         engine={"kind": "zero", "resident": "none", "activation_checkpointing": checkpointing},
         cluster={"workers": 2},

@@ -52,6 +52,9 @@ ADAPTERS = {
     "t5-ia3": ("t5", ia3("k", "v", "cross_k", "cross_v", "feed_forward")),
     "t5-ia3-cross-attention": ("t5", ia3("cross_k", "feed_forward")),
     "llama-prefix": ("llama", {"kind": "prefix", "length": 5}),
+    **{f"{family}-all": (family, lora("all")) for family in tiny.FAMILIES},
+    **{f"{family}-prefix": (family, {"kind": "prefix", "length": 5}) for family in ("granite", "olmo2")},
+    "phi3-ia3": ("phi3", ia3("qkv", "feed_forward")),
 }
 
 
@@ -115,9 +118,15 @@ def ours(model: AdaptedModel, task: int, inputs: dict[str, Tensor], stored: torc
     return logits
 
 
+def folder_of(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if family in tiny.FAMILIES:
+        return tiny.tiny_family(tmp_path / family, family)
+    return request.getfixturevalue(f"tiny_{family}_folder")
+
+
 @pytest.mark.parametrize(("family", "adapter"), ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_same_logits(family: str, adapter: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path):
-    recipe, engine, corpus = trained(request.getfixturevalue(f"tiny_{family}_folder"), adapter, tmp_path)
+    recipe, engine, corpus = trained(folder_of(family, request, tmp_path), adapter, tmp_path)
     bundles = exported(recipe, engine.model, corpus, tmp_path / "bundles")
     assert list(bundles) == list(TASKS)
     inputs = questions(engine.model)

@@ -192,6 +192,8 @@ def tiny_family(folder: Path, model_type: str, **changes: object) -> Path:
     row = architecture_of(model_type)
     sizes = _t5_sizes(folder) if row.is_encoder_decoder else _llama_sizes(folder)
     fields = {**sizes, **FAMILIES.get(model_type, {}), **changes}
+    if row.is_encoder_decoder:
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # only T5's own is read from spiece.model
     has_own_head = fields["tie_word_embeddings"] is False
     config = CONFIG_MAPPING[model_type](**fields)
     return _save(getattr(transformers, row.model_class), config, folder, has_own_head, disturbed=True)

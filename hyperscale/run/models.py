@@ -80,6 +80,8 @@ def _kind(settings: type[AdapterSection], architecture: Architecture) -> KindSup
     (kind,) = build_kinds([defaults])
     site_map = table_sites(architecture, [kind])
     present = site_map.targets_of(kind.name)
+    if not present:  # what can be exported does not depend on the defaults
+        site_map = table_sites(architecture, build_kinds([defaults.model_copy(update={"targets": (ALL,)})]))
     wanted = [target for target in kind.targets if target != ALL and kind.acts_on(target) in CHOSEN]
     return KindSupport(
         targets=present,
@@ -102,7 +104,7 @@ def _cells(family: FamilySupport) -> Sequence[str]:
     return (
         family.model_type,
         family.model_class,
-        _among(kinds, lambda kind: not kind.lacks),
+        _usable(kinds),
         _listed(kinds, lambda kind: kind.peft is None),
         _listed(kinds, lambda kind: kind.peft is None and kind.vllm is None),
         ", ".join(family.quantization),
@@ -110,9 +112,9 @@ def _cells(family: FamilySupport) -> Sequence[str]:
     )
 
 
-def _among(kinds: Mapping[str, KindSupport], holds: Callable[[KindSupport], bool]) -> str:
-    others = [name for name, kind in kinds.items() if not holds(kind)]
-    return f"all but {', '.join(others)}" if others else "all"
+def _usable(kinds: Mapping[str, KindSupport]) -> str:
+    named = [name for name, kind in kinds.items() if kind.lacks]
+    return f"all ({' and '.join(named)}: name targets)" if named else "all"
 
 
 def _listed(kinds: Mapping[str, KindSupport], holds: Callable[[KindSupport], bool]) -> str:
