@@ -1,6 +1,6 @@
 """Prefix tuning (arXiv 2101.00190): keys and values before those of the text in every self-attention.
 
-The prefix has the positions 0 to P - 1, and the text starts at P, in every family. Rotations of the text begin at P; the
+The prefix has the positions 0 to P - 1, and the text starts at P, in every family. Rotations begin at P; the
 prefix's keys are neither rotated nor normalised, as in PEFT. T5's relative bias counts the prefix's positions. Every
 token sees the whole prefix, also where a window slides over the text.
 """
