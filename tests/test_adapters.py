@@ -162,6 +162,8 @@ def test_sizes_and_scales():
     assert {name: spec.shape for name, spec in lora.items()} == {"a": (4, IN), "b": (OUT, 4)}
     assert (lora["a"].scale, lora["b"].scale) == (1.0, 2.5)  # alpha / rank, on B alone
     assert (lora["a"].start, lora["a"].fan_in, lora["b"].start) == ("normal", IN, "zero")
+    stable = Lora(LoraSettings(rank=4, alpha=10.0, rslora=True)).tensors(IN, OUT)
+    assert (stable["a"].scale, stable["b"].scale) == (1.0, 5.0)  # alpha / √rank
     bottleneck = Bottleneck(BottleneckSettings(reduction=4)).tensors(IN, 32)
     assert {name: spec.shape for name, spec in bottleneck.items()} == {
         "down": (8, 32),

@@ -1,12 +1,13 @@
 """What PEFT makes of an exported bundle is what we trained: the same logits."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hyperscale.assets.backbones import resolve_packaged
@@ -148,6 +149,27 @@ def test_same_logits(family: str, adapter: dict[str, Any], request: pytest.Fixtu
             for name, tensor in named.items():
                 assert (again[group][name] - tensor).abs().max() <= 1e-6
     assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_a_scale_by_the_root_of_the_rank_is_pefts_own(tiny_llama_folder: Path, tmp_path: Path):
+    """The bundle has the scale in B. PEFT computes the same with `use_rslora`, the recipe's alpha and B as learned."""
+    rank, alpha = 4, 4  # a scale of 2, which rounds nothing
+    adapter = {"kind": "lora", "rank": rank, "alpha": alpha, "rslora": True, "targets": "all"}
+    recipe, engine, corpus = trained(tiny_llama_folder, adapter, tmp_path)
+    bundle = exported(recipe, engine.model, corpus, tmp_path / "bundles")["past"]
+    inputs = questions(engine.model)
+    expected = ours(engine.model, TASKS.index("past"), inputs)
+    with torch.no_grad():
+        folded = load_peft(recipe, bundle)(**inputs).logits
+        config, tensors = bundle / "adapter_config.json", load_file(bundle / "adapter_model.safetensors")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_rslora": True, "lora_alpha": alpha}))
+        learned = {name: t / (alpha / rank**0.5) if "lora_B" in name else t for name, t in tensors.items()}
+        save_file(learned, bundle / "adapter_model.safetensors", metadata={"format": "pt"})
+        unfolded = load_peft(recipe, bundle)(**inputs).logits
+        untouched = engine.model.backbone(**inputs).logits
+    assert (folded - expected).abs().max() <= 1e-6
+    assert (unfolded - expected).abs().max() <= 1e-6
+    assert (expected - untouched).abs().max() > 1e-2
 
 
 def test_a_bundle_in_bf16(tiny_llama_folder: Path, tmp_path: Path):

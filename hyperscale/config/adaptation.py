@@ -1,5 +1,6 @@
 """What is trained: adapter kinds at the backbone's sites, and the generator that makes their weights."""
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -47,10 +48,17 @@ class LoraSettings(AdapterSection):
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=8.0, gt=0)
+    rslora: bool = False
+    """Divides alpha by √rank instead of by rank (arXiv 2312.03732), so that a larger rank needs no larger rate."""
     targets: Projections = ("q", "v")
     """`all`: every linear projection of every block. Or short names. LLaMA: q, k, v, o, gate, up, down.
     T5: q, k, v, o, cross_q, cross_k, cross_v, cross_o, wi or (gated) wi_0 and wi_1, wo.
     `hyperscale models` lists those of every family."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class BottleneckSettings(AdapterSection):

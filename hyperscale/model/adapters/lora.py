@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): `y + (alpha / rank) · B A x`."""
+"""LoRA (arXiv 2106.09685): `y + s B A x`, where s is alpha / rank, or alpha / √rank (arXiv 2312.03732)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Lora:
         return "projections"
 
     def tensors(self, in_features: int, out_features: int) -> Mapping[str, TensorSpec]:
-        """A [R, in] normal, B [out, R] zero with alpha / rank folded in."""
+        """A [R, in] normal, B [out, R] zero with the scale folded in."""
         rank = self.settings.rank
         return {
             "a": TensorSpec((rank, in_features), "normal", "lora_a"),
-            "b": TensorSpec((out_features, rank), "zero", "lora_b", scale=self.settings.alpha / rank),
+            "b": TensorSpec((out_features, rank), "zero", "lora_b", scale=self.settings.scale),
         }
 
     def apply(self, x: Tensor, y: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
