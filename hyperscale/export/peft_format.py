@@ -1,7 +1,8 @@
 """Adapters as PEFT writes them: LoRA in the profile that every server reads, (IA)³, and prefixes of some families.
 
 LoRA: one rank, lora_alpha = r with the scale folded into B, every layer present, no bias, no modules_to_save, leaf-name
-targets. An rsLoRA scale is folded in too: SGLang ignores `use_rslora` (github.com/sgl-project/sglang/issues/40835). One PEFT folder is one method: kinds that act together have no type there.
+targets. An rsLoRA scale is folded in too, as SGLang ignores `use_rslora` (github.com/sgl-project/sglang/issues/40835).
+One PEFT folder is one method: kinds that act together have no type there.
 """
 
 import json

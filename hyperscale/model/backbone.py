@@ -56,6 +56,11 @@ class BackboneFolder:
         model_class: type[PreTrainedModel] = getattr(transformers, self.architecture.model_class)
         return model_class
 
+    @property
+    def has_fused_attention(self) -> bool:
+        """Whether PyTorch's fused kernel computes this family's attention."""
+        return bool(self.model_class._supports_sdpa)
+
     def digest(self) -> str:
         """Return a sha256 of config.json and of each file's tensor table, size and a sample of its weights.
 
@@ -204,15 +209,14 @@ def prepare_config(folder: BackboneFolder, settings: BackboneSettings) -> Any:
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, settings.dropout)
-    has_fused = bool(folder.model_class._supports_sdpa)
-    if settings.attention == "sdpa" and not has_fused:
+    if settings.attention == "sdpa" and not folder.has_fused_attention:
         raise BackboneError(
             f"backbone.attention: the fused kernel 'sdpa' cannot compute the attention of {folder.config.model_type} "
             "backbones, whose scores have a soft cap or sinks; set backbone.attention=auto"
         )
     if settings.attention != "auto":
         config._attn_implementation = settings.attention
-    elif not (has_fused and torch.cuda.is_available()):
+    elif not (folder.has_fused_attention and torch.cuda.is_available()):
         # Measured on 2 cores, SmolLM2-135M in bf16, 8 x 46 tokens: a step takes 0.7 of the time with the fused kernel.
         is_grouped = getattr(config, "num_key_value_heads", None) not in (None, config.num_attention_heads)
         config._attn_implementation = GROUPED if is_grouped else "eager"

@@ -46,10 +46,10 @@ def plan_recipe(recipe: Recipe, options: PlanOptions) -> RunPlan:
         micro = recipe.training.micro_batch_size
         batch = -(-recipe.training.batch_size // (ranks * micro)) * ranks * micro
         changes = {"cluster": cluster, "training": recipe.training.model_copy(update={"batch_size": batch})}
-    if is_gpu and recipe.backbone.attention == "auto":
+    folder = open_shapes(recipe.backbone)
+    if is_gpu and recipe.backbone.attention == "auto" and folder.has_fused_attention:
         changes["backbone"] = recipe.backbone.model_copy(update={"attention": "sdpa"})
     planned = recipe.model_copy(update=changes)
-    folder = open_shapes(planned.backbone)
     bandwidth = options.bandwidth and options.bandwidth * 1e9
     rate = options.rate and options.rate * 1e12
     memory = options.gpu_memory or _memory_here(is_gpu, ranks // options.nodes)
