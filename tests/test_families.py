@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, StableLmConfig, StableLmForCausalLM
 
 from hyperscale.config.adaptation import AdaptationSettings, LoraSettings, NormDeltaSettings
 from hyperscale.config.backbone import BackboneSettings
@@ -252,6 +252,16 @@ def test_every_norm_or_none():
     ):
         find_sites(backbone, row, build_kinds([NormDeltaSettings()]))
     assert find_sites(backbone, row, build_kinds([LoraSettings()])).sites
+
+
+def test_a_norm_of_torchs_own_is_refused():
+    row = dataclasses.replace(architecture_of("llama"), model_type="stablelm", model_class="StableLmForCausalLM")
+    with torch.device("meta"):
+        backbone = StableLmForCausalLM(StableLmConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(
+        ConfigError, match=r"'input_layernorm' is torch's own LayerNorm, which takes one"
+    ):
+        find_sites(backbone, row, build_kinds([NormDeltaSettings()]))
 
 
 def test_targets_of_fused_projections(tmp_path: Path):

@@ -186,17 +186,24 @@ def _norm_width(norm: nn.Module) -> int:
 
 
 def _check_norms(backbone: nn.Module, architecture: Architecture, kinds: Sequence[AdapterKind]) -> None:
-    """Refuse to adapt "every norm" of a backbone whose row in the table leaves one out."""
+    """Refuse to adapt "every norm" of a backbone whose row leaves one out, or that has a norm of another kind."""
     of_norms = [kind.name for kind in kinds if any(kind.acts_on(target) == "norms" for target in kind.targets)]
     for stack in architecture.stacks if of_norms else ():
         for block in backbone.get_submodule(stack.blocks).children():
-            named = {*stack.norms.values(), *stack.untouched}
-            missing = [path for path, module in block.named_modules() if is_norm(module) and path not in named]
-            if missing:
-                raise ConfigError(
-                    f"adaptation.adapters: {of_norms[0]} adapts every norm, but the row of the family "
-                    f"'{architecture.model_type}' does not name '{missing[0]}'; add it to the row's `norms`"
-                )
+            for path, module in block.named_modules():
+                reason = _reason_against(path, module, stack, architecture) if is_norm(module) else None
+                if reason:
+                    raise ConfigError(f"adaptation.adapters: {of_norms[0]} adapts every norm, but {reason}")
+
+
+def _reason_against(path: str, norm: nn.Module, stack: Stack, architecture: Architecture) -> str | None:
+    if path not in (*stack.norms.values(), *stack.untouched):
+        return (
+            f"the row of the family '{architecture.model_type}' does not name '{path}'; add it to the norms of the row"
+        )
+    if isinstance(norm, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+        return f"'{path}' is torch's own {type(norm).__name__}, which takes one weight for all samples of a batch"
+    return None
 
 
 def is_norm(module: nn.Module) -> bool:
