@@ -258,9 +258,7 @@ def test_a_norm_of_torchs_own_is_refused():
     row = dataclasses.replace(architecture_of("llama"), model_type="stablelm", model_class="StableLmForCausalLM")
     with torch.device("meta"):
         backbone = StableLmForCausalLM(StableLmConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1))
-    with pytest.raises(
-        ConfigError, match=r"'input_layernorm' is torch's own LayerNorm, which takes one"
-    ):
+    with pytest.raises(ConfigError, match=r"'input_layernorm' is torch's own LayerNorm, which takes one"):
         find_sites(backbone, row, build_kinds([NormDeltaSettings()]))
 
 
