@@ -403,7 +403,7 @@ def test_system_messages_of_the_task_and_of_the_row():
         assert list(encoded.source_ids + encoded.target_ids) == ids
 
 
-def test_what_cannot_be_encoded_is_refused_by_name(caplog: pytest.LogCaptureFixture):
+def test_the_error_for_what_cannot_be_encoded_names_it(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.ERROR)
     start = r"chats\.jsonl:7: task 'chats': "
     with pytest.raises(
@@ -442,7 +442,7 @@ def test_what_cannot_be_encoded_is_refused_by_name(caplog: pytest.LogCaptureFixt
         )
 
 
-def test_a_tokenizer_without_offsets_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_tokenizer_without_offsets_is_an_error(monkeypatch: pytest.MonkeyPatch):
     slow = FORMATS["chatml"].tokenizer()
     monkeypatch.setattr(type(slow), "is_fast", False)
     with pytest.raises(BackboneError, match="does not say where its tokens stand in a text, so the turns of conversat"):

@@ -16,9 +16,9 @@ from hyperscale.data.sources import load_task_data
 from hyperscale.data.tasks import Task, load_task
 from hyperscale.errors import DataError
 
-ASKED = {"role": "user", "content": "Why?"}
-ANSWERED = {"role": "assistant", "content": "Because."}
-PAIR = [ASKED, ANSWERED]
+QUESTION = {"role": "user", "content": "Why?"}
+ANSWER = {"role": "assistant", "content": "Because."}
+PAIR = [QUESTION, ANSWER]
 
 
 def task(**fields: object) -> Task:
@@ -60,9 +60,9 @@ def test_speakers_of_sharegpt():
         ("gpt", "a"),
         ("tool", "2"),
     ]
-    said = messages({"conversations": [{"from": speaker, "value": value} for speaker, value in turns]})
+    turns_read = messages({"conversations": [{"from": speaker, "value": value} for speaker, value in turns]})
     roles = ["system", "user", "assistant", "tool", "assistant", "tool"]
-    assert [(one["role"], one["content"]) for one in said] == [
+    assert [(one["role"], one["content"]) for one in turns_read] == [
         (role, value) for role, (_, value) in zip(roles, turns, strict=True)
     ]
 
@@ -79,38 +79,41 @@ def test_system_columns_and_defaults():
 
 def test_fields_that_templates_know_are_kept_and_nulls_are_left_out():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2]}'}}
-    said = messages(
+    turns_read = messages(
         {
             "messages": [
-                {**ASKED, "tool_calls": None, "name": "ann"},
+                {**QUESTION, "tool_calls": None, "name": "ann"},
                 {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "I must ask."},
                 {"role": "tool", "content": "3", "tool_call_id": "1"},
-                {**ANSWERED, "thinking": "Now I know.", "tool_calls": None},
+                {**ANSWER, "thinking": "Now I know.", "tool_calls": None},
             ],
             "tools": '[{"type": "function"}]',
         }
     )
-    assert said[0] == {**ASKED, "name": "ann"}
-    assert said[1] == {
+    assert turns_read[0] == {**QUESTION, "name": "ann"}
+    assert turns_read[1] == {
         "role": "assistant",
         "reasoning_content": "I must ask.",
         # templates write arguments as JSON themselves
         "tool_calls": [{**call, "function": {"name": "f", "arguments": {"x": [1, 2]}}}],
     }
-    assert said[2:] == [{"role": "tool", "content": "3", "tool_call_id": "1"}, {**ANSWERED, "thinking": "Now I know."}]
+    assert turns_read[2:] == [
+        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {**ANSWER, "thinking": "Now I know."},
+    ]
     assert read({"messages": PAIR, "tools": '[{"type": "function"}]'}).tools == ({"type": "function"},)
     assert read({"messages": PAIR, "tools": None}).tools == ()
 
 
 def test_parts_of_text_are_joined():
     parts = [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]
-    assert messages({"messages": [{"role": "user", "content": parts}, ANSWERED]}) == PAIR
+    assert messages({"messages": [{"role": "user", "content": parts}, ANSWER]}) == PAIR
 
 
 SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
 BAD: Mapping[str, tuple[dict[str, Any], str]] = {
     "missing role": ({"messages": [{"content": "x"}]}, "message 1 has no 'role'. Fields: content"),
-    "null role": ({"messages": [ASKED, {"role": None, "content": "x"}]}, "message 2 has no 'role'"),
+    "null role": ({"messages": [QUESTION, {"role": None, "content": "x"}]}, "message 2 has no 'role'"),
     "missing speaker": ({"conversations": [{"value": "x"}]}, "message 1 has no 'from'"),
     "unknown role": (
         {"messages": [{"role": "asistant", "content": "x"}]},
@@ -121,20 +124,20 @@ BAD: Mapping[str, tuple[dict[str, Any], str]] = {
         "message 1: unknown speaker 'bot'; known: hum",
     ),
     "no messages": ({"messages": []}, "the conversation is empty"),
-    "no user": ({"messages": [ANSWERED]}, "the conversation has no user turn"),
+    "no user": ({"messages": [ANSWER]}, "the conversation has no user turn"),
     "last turn of the user": (
-        {"messages": [*PAIR, ASKED]},
+        {"messages": [*PAIR, QUESTION]},
         "the last turn is the user's; a row must end with the assista",
     ),
     "last turn of a tool": ({"messages": [*PAIR, {"role": "tool", "content": "1"}]}, "the last turn is the tool's"),
-    "no content": ({"messages": [ASKED, {"role": "assistant"}]}, "message 2: the assistant's turn has no content"),
-    "empty answer": ({"messages": [ASKED, {**ANSWERED, "content": " "}]}, "the last assistant turn is empty"),
+    "no content": ({"messages": [QUESTION, {"role": "assistant"}]}, "message 2: the assistant's turn has no content"),
+    "empty answer": ({"messages": [QUESTION, {**ANSWER, "content": " "}]}, "the last assistant turn is empty"),
     "number": (
-        {"messages": [{**ASKED, "content": 3}]},
+        {"messages": [{**QUESTION, "content": 3}]},
         "message 1: content is a int; it must be text, or a list of text p",
     ),
     "image": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}, ANSWERED]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}, ANSWER]},
         "message 1: content has a part of type 'image'; only text can be trained on",
     ),
     "two forms": (
@@ -156,7 +159,7 @@ BAD: Mapping[str, tuple[dict[str, Any], str]] = {
     "alpaca with a list": ({"instruction": ["x"], "output": "y"}, "column 'instruction' holds a list, not text"),
     "tools": ({"messages": PAIR, "tools": "f"}, "column 'tools' must hold a list of JSON schemas of functions"),
     "tool call": (
-        {"messages": [ASKED, {"role": "assistant", "tool_calls": ["f"]}]},
+        {"messages": [QUESTION, {"role": "assistant", "tool_calls": ["f"]}]},
         "a tool call must be an object with a",
     ),
 }
@@ -185,8 +188,8 @@ def test_examples_and_splits_of_parquet_rows(tmp_path: Path):
     rows = [
         {
             "messages": [
-                {**ASKED, "content": f"{number}?", "name": None},
-                {**ANSWERED, "name": "a" if number % 2 else None},
+                {**QUESTION, "content": f"{number}?", "name": None},
+                {**ANSWER, "name": "a" if number % 2 else None},
             ]
         }
         for number in range(20)
@@ -210,7 +213,7 @@ def test_examples_and_splits_of_parquet_rows(tmp_path: Path):
 
 def test_a_conversations_text_names_every_turn_and_tool():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    turns = [ASKED, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}, ANSWERED]
+    turns = [QUESTION, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}, ANSWER]
     conversation = read({"messages": turns, "tools": [{"name": "f"}]})
     assert str(conversation.prompt) == (
         'tools: [{"name": "f"}]\nuser: Why?\n'
@@ -219,7 +222,7 @@ def test_a_conversations_text_names_every_turn_and_tool():
     assert conversation.answer == "Because."
     assert "tool_calls" not in read({"messages": turns[:2]}).answer
     assert read({"messages": turns[:2]}).answer == json.dumps([call])
-    assert read({"messages": [*PAIR, ASKED]}).prompt.messages == (*PAIR, ASKED)  # nobody has answered yet
+    assert read({"messages": [*PAIR, QUESTION]}).prompt.messages == (*PAIR, QUESTION)  # nobody has answered yet
 
 
 @pytest.mark.parametrize(

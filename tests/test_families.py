@@ -68,10 +68,10 @@ def questions(adapted: AdaptedModel, rows: int = 4, length: int = 9) -> dict[str
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 230, (rows, length), generator=random)
     mask = (torch.arange(length) < torch.arange(length - rows + 1, length + 1).unsqueeze(1)).long()
-    made = {"input_ids": ids, "attention_mask": mask}
+    arguments = {"input_ids": ids, "attention_mask": mask}
     if adapted.architecture.is_encoder_decoder:
-        made["decoder_input_ids"] = torch.randint(3, 230, (rows, 4), generator=random)
-    return made
+        arguments["decoder_input_ids"] = torch.randint(3, 230, (rows, 4), generator=random)
+    return arguments
 
 
 def logits(adapted: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -146,18 +146,20 @@ def test_every_norm_computes_with_another_weight(family: str, folder: Path, dtyp
     tiny.disturb(adapted.generator, std=0.3)
     tasks = torch.tensor([2, 0, 1, 0])
     deltas = [tensors_by_module(adapted.generator(task.view(1)), adapted.site_map) for task in tasks]
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    activations: dict[str, tuple[Tensor, Tensor]] = {}
     for site in adapted.site_map.sites:
         norm = adapted.backbone.get_submodule(site.name)
-        norm.register_forward_hook(lambda _norm, args, output, name=site.name: seen.update({name: (args[0], output)}))
+        norm.register_forward_hook(
+            lambda _norm, args, output, name=site.name: activations.update({name: (args[0], output)})
+        )
     with adapted.adapting(tasks):
         logits(adapted, questions(adapted))
-    assert seen.keys() == {site.name for site in adapted.site_map.sites}
-    for name, (x, output) in seen.items():
+    assert activations.keys() == {site.name for site in adapted.site_map.sites}
+    for name, (x, output) in activations.items():
         norm = adapted.backbone.get_submodule(name)
         weight = norm.weight.detach().clone()
-        for row, made in enumerate(deltas):
-            norm.weight.copy_(weight + made[name]["norm_delta"].to(adapted.dtype))
+        for row, delta in enumerate(deltas):
+            norm.weight.copy_(weight + delta[name]["norm_delta"].to(adapted.dtype))
             assert torch.equal(norm(x)[row], output[row]), name
             norm.weight.copy_(weight)
 
@@ -224,8 +226,8 @@ def test_label_logits_are_rows_of_the_whole(family: str, folder: Path):
 def test_an_empty_backbone_is_the_loaded_one(family: str, tmp_path: Path, dtype: str, tied: bool):
     path = tiny.tiny_family(tmp_path / family, family, tie_word_embeddings=tied)
     chosen = BackboneSettings.model_validate({"name": str(path), "dtype": dtype})
-    found = open_backbone(chosen)
-    loaded, empty = load_dense(found, chosen), build_empty(found, chosen)
+    opened = open_backbone(chosen)
+    loaded, empty = load_dense(opened, chosen), build_empty(opened, chosen)
     for backbone in (loaded, empty):
         assert (backbone.get_output_embeddings().weight is backbone.get_input_embeddings().weight) is tied
     stored = dict(loaded.named_parameters(remove_duplicate=False))
@@ -238,7 +240,7 @@ def test_an_empty_backbone_is_the_loaded_one(family: str, tmp_path: Path, dtype:
         owner, _, key = name.rpartition(".")
         empty.get_submodule(owner).register_parameter(key, parameter)
     ids = torch.arange(3, 21).view(2, 9)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if found.architecture.is_encoder_decoder else {})
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if opened.architecture.is_encoder_decoder else {})
     assert torch.equal(empty(**inputs).logits, loaded(**inputs).logits)
 
 
@@ -272,7 +274,7 @@ def test_targets_of_fused_projections(tmp_path: Path):
     assert sizes == {"keys": 16, "values": 16}  # two heads of 8
 
 
-def test_the_fused_kernel_is_refused_where_it_lacks_a_soft_cap(tmp_path: Path):
+def test_the_fused_kernel_without_a_soft_cap_is_an_error(tmp_path: Path):
     with pytest.raises(BackboneError, match=r"backbone\.attention: the fused kernel 'sdpa' cannot .* gemma2"):
         model(tiny.tiny_family(tmp_path / "gemma2", "gemma2"), "gemma2", "lora", attention="sdpa")
 

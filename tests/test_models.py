@@ -69,10 +69,10 @@ def test_a_family_supports_what_its_line_says(model_type: str):
             with pytest.raises(ConfigError, match=f"{name} target '{support.lacks[0]}' cannot be used"):
                 find_sites(backbone, architecture, kinds)
             continue
-        found = find_sites(backbone, architecture, kinds)
-        assert set(found.targets_of(name)) <= {*support.targets, "final"}
-        assert peft_limitation(found, architecture) == support.peft
-        assert vllm_limitation(found, architecture) == support.vllm
+        site_map = find_sites(backbone, architecture, kinds)
+        assert set(site_map.targets_of(name)) <= {*support.targets, "final"}
+        assert peft_limitation(site_map, architecture) == support.peft
+        assert vllm_limitation(site_map, architecture) == support.vllm
 
 
 def test_random_weights_stand_for_a_model_that_the_tests_build():

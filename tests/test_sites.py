@@ -111,7 +111,7 @@ def test_t5():
 def test_one_word_for_every_linear_layer_of_the_blocks(model: nn.Module):
     architecture = ARCHITECTURES[model.config.model_type]
     settings = [LoraSettings.model_validate({"targets": "all"}), Ia3Settings.model_validate({"targets": ["all", "k"]})]
-    found = find_sites(model, architecture, build_kinds(settings))
+    site_map = find_sites(model, architecture, build_kinds(settings))
     blocks = [
         f"{stack.blocks}.{number}.{name}"
         for stack in architecture.stacks
@@ -120,7 +120,7 @@ def test_one_word_for_every_linear_layer_of_the_blocks(model: nn.Module):
         if isinstance(module, nn.Linear)
     ]
     for kind in ("lora", "ia3"):
-        assert sorted(site.name for site in found.sites if site.kind == kind) == sorted(blocks)
+        assert sorted(site.name for site in site_map.sites if site.kind == kind) == sorted(blocks)
     assert not any("head" in name or "embed" in name for name in blocks)
 
 

@@ -151,12 +151,12 @@ class ChatTemplate:
         """Return where the turn of message `number` begins."""
         if number == 0:
             return self._edge(within, number, at_end=False)
-        asked = self._render(within.conversation, within.messages[:number], prompt=True)
-        if within.text.startswith(asked.text):
-            return len(asked.text)
-        # History is rewritten: what follows the content of the message before is the same here and in `asked`, up to
+        question = self._render(within.conversation, within.messages[:number], prompt=True)
+        if within.text.startswith(question.text):
+            return len(question.text)
+        # History is rewritten: what follows the content of the message before is the same here and in `question`, up to
         # the end of the generation prompt or to the content, whichever comes first.
-        follows = asked.text[self._edge(asked, number - 1, at_end=True) :]
+        follows = question.text[self._edge(question, number - 1, at_end=True) :]
         here = self._edge(within, number - 1, at_end=True)
         length = _common_length(follows, within.text[here:])
         if length == len(follows):

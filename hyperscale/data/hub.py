@@ -26,12 +26,12 @@ def open_hub(source: HubSource, named: Collection[str]) -> Mapping[Split, Sequen
         reason = str(error).strip().partition("\n")[0]
         transient = isinstance(error, ConnectionError) and may_recover(error)
         raise DataError(f"{where}: cannot be loaded: {reason}{_remedy(source)}", is_transient=transient) from error
-    wanted = source.splits or {split: split for split in SPLITS if split in dataset}
-    for split in wanted.values():
+    names = source.splits or {split: split for split in SPLITS if split in dataset}
+    for split in names.values():
         if split not in dataset:
             raise DataError(f"{where}: no split '{split}'.{nearest(split, dataset)} There are: {', '.join(dataset)}")
     columns = source.columns or {}
-    return {ours: _rows(dataset[theirs], columns, named, f"{where}[{theirs}]") for ours, theirs in wanted.items()}
+    return {ours: _rows(dataset[theirs], columns, named, f"{where}[{theirs}]") for ours, theirs in names.items()}
 
 
 def _remedy(source: HubSource) -> str:

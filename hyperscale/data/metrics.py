@@ -155,11 +155,11 @@ def span_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
 
     An answer is one tag for each tag of its reference.
     """
-    given, true = _span_sets(predictions, references)
-    right = sum(len(one & other) for one, other in zip(given, true, strict=True))
+    predicted, true = _span_sets(predictions, references)
+    right = sum(len(one & other) for one, other in zip(predicted, true, strict=True))
     if not right:
         return 0.0
-    precision, recall = right / sum(map(len, given)), right / sum(map(len, true))
+    precision, recall = right / sum(map(len, predicted)), right / sum(map(len, true))
     return 100 * 2 * precision * recall / (precision + recall)
 
 

@@ -63,13 +63,13 @@ def load_task_data(
     return TaskData(task, source, _digest(splits), splits)
 
 
-def without_training_texts(data: TaskData, taken: Collection[bytes]) -> TaskData:
-    """Return the task without the training rows whose texts have a digest in `taken`.
+def without_training_texts(data: TaskData, scored: Collection[bytes]) -> TaskData:
+    """Return the task without the training rows whose texts have a digest in `scored`.
 
     Raises:
         DataError: no training rows are left.
     """
-    kept = [example for example in data.splits["train"] if example.content not in taken]
+    kept = [example for example in data.splits["train"] if example.content not in scored]
     left_out = len(data.splits["train"]) - len(kept)
     if not left_out:
         return data

@@ -19,8 +19,8 @@ def text_key(example: Example) -> str:
 
 def without_texts_of(examples: Sequence[Example], *others: Sequence[Example]) -> list[Example]:
     """Return the examples whose text does not occur in the other splits."""
-    taken = {text_key(example) for other in others for example in other}
-    return [example for example in examples if text_key(example) not in taken]
+    excluded = {text_key(example) for other in others for example in other}
+    return [example for example in examples if text_key(example) not in excluded]
 
 
 def carve_validation(train: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -85,11 +85,11 @@ def _library(metric: str) -> Any:
 
 
 def _squad_f1(prediction: str, reference: str) -> float:
-    given, true = _words(prediction), _words(reference)
-    if not given or not true:
-        return float(given == true)
-    shared = sum((Counter(given) & Counter(true)).values())
-    return 2 * shared / (len(given) + len(true))
+    predicted, true = _words(prediction), _words(reference)
+    if not predicted or not true:
+        return float(predicted == true)
+    shared = sum((Counter(predicted) & Counter(true)).values())
+    return 2 * shared / (len(predicted) + len(true))
 
 
 def _words(text: str) -> list[str]:

@@ -73,13 +73,13 @@ def complete_ds_config(
         if _decides(raw.get(key))
     ]
     micro = training.micro_batch_size
-    wanted = {
+    required = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": training.batch_size // (micro * world_size),
         "train_batch_size": training.batch_size,
     }
     done = {key: value for key, value in raw.items() if key not in _OURS}
-    for key, value in wanted.items():
+    for key, value in required.items():
         problems += _fill(done, key, value, key)
     bf16 = _section(raw, "bf16", problems)
     problems += _fill(bf16, "enabled", backbone.dtype == "bfloat16", "bf16.enabled")
@@ -165,8 +165,8 @@ def read_sharding(engine: EngineSettings, world_size: int, device: Literal["cpu"
         return Sharding(world_size=1)
     zero = read_ds_config(engine.ds_config).get("zero_optimization", {})
     offload = (zero.get("offload_param") or {}).get("device", "none")
-    asked = zero.get("zero_hpz_partition_size", 1)
-    node_shards = 1 if asked == "auto" else int(asked)
+    group_size = zero.get("zero_hpz_partition_size", 1)
+    node_shards = 1 if group_size == "auto" else int(group_size)
     in_place = device == "cpu" and world_size > 1 and nodes == 1 and node_shards == 1 and shares_shards()
     return Sharding(world_size, offload != "none", node_shards, in_place)
 

@@ -91,12 +91,12 @@ class GeneratorOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return CPU copies of the moments and update counts, by parameter name."""
-        found: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
         for name, parameter in self._named.items():
             for key in (*_MOMENTS, "step"):
                 if key in self._adamw.state[parameter]:
-                    found[f"{key}/{name}"] = self._adamw.state[parameter][key].detach().cpu().clone()
-        return found
+                    moments[f"{key}/{name}"] = self._adamw.state[parameter][key].detach().cpu().clone()
+        return moments
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what `tensors` returned; parameters without an entry start afresh."""

@@ -95,18 +95,18 @@ def _machine() -> tuple[str, str]:
 
 def _open_others(places: Sequence[tuple[tuple[str, str], int, int]], rank: int, size: int) -> list[int]:
     """Open the other ranks' files, by way of /proc; fewer than all where one cannot be reached."""
-    found: list[int] = []
+    descriptors: list[int] = []
     if len({machine for machine, _, _ in places}) > 1:
-        return found
+        return descriptors
     try:
         for _, process, descriptor in (*places[:rank], *places[rank + 1 :]):
-            found.append(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDONLY))
-            if os.fstat(found[-1]).st_size != size:
+            descriptors.append(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDONLY))
+            if os.fstat(descriptors[-1]).st_size != size:
                 raise OSError(f"{process} holds another file there")
     except OSError:
-        _close(found)
+        _close(descriptors)
         return []
-    return found
+    return descriptors
 
 
 def _close(files: Iterable[int]) -> None:

@@ -39,10 +39,10 @@ def index_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
     Raises:
         BackboneError: a file is not a safetensors file, is truncated, or holds a dtype that a backbone cannot have.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
-        found.update(_index_file(file))
-    return found
+        tensors.update(_index_file(file))
+    return tensors
 
 
 def _index_file(file: Path) -> dict[str, StoredTensor]:
@@ -91,10 +91,10 @@ class SliceReader:
         shard) are left as they are.
         """
         total = math.prod(stored.shape)
-        wanted = max(0, min(target.numel(), total - start))
+        num_elements = max(0, min(target.numel(), total - start))
         width = stored.dtype.itemsize
-        for done in range(0, wanted, _CHUNK_BYTES // width):
-            count = min(wanted - done, _CHUNK_BYTES // width)
+        for done in range(0, num_elements, _CHUNK_BYTES // width):
+            count = min(num_elements - done, _CHUNK_BYTES // width)
             data = self._pread(stored.file, count * width, stored.offset + (start + done) * width)
             target[done : done + count].copy_(torch.frombuffer(data, dtype=stored.dtype))
 

@@ -88,8 +88,8 @@ def _weights_beside_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
 
     In the scores' own dtype and less their maximum, as transformers computes gpt-oss.
     """
-    beside = sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
-    both = torch.cat([scores, beside], dim=-1)
+    columns = sinks.view(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], 1)
+    both = torch.cat([scores, columns], dim=-1)
     both = both - both.max(dim=-1, keepdim=True).values
     return nn.functional.softmax(both, dim=-1, dtype=both.dtype)[..., :-1]
 

@@ -159,9 +159,9 @@ def resident_parts(resident: str, parts: Sequence[Part], spare: float) -> frozen
     return choose_resident(parts, budget)
 
 
-def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], wanted: int) -> Workload:
-    """Return the workload at `wanted` rows, on the line through those traced at two numbers of `rows`."""
-    share = (wanted - rows[0]) / (rows[1] - rows[0])
+def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], target: int) -> Workload:
+    """Return the workload at `target` rows, on the line through those traced at two numbers of `rows`."""
+    share = (target - rows[0]) / (rows[1] - rows[0])
 
     def between(low: int, high: int) -> int:
         return int(low + share * (high - low))

@@ -50,20 +50,20 @@ def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, .
     ]
     head: Any = backbone.get_output_embeddings()  # type: ignore[operator]
     inside = tuple(f"{block}." for block in blocks)
-    found: list[Part] = []
-    seen: set[int] = set()
+    parts: list[Part] = []
+    known: set[int] = set()
     for name, module in backbone.named_modules():
         if name.startswith(inside):
             continue
-        own = [one for one in module.parameters(recurse=name in blocks) if id(one) not in seen]
-        seen.update(map(id, own))
+        own = [one for one in module.parameters(recurse=name in blocks) if id(one) not in known]
+        known.update(map(id, own))
         if own:
             tied = isinstance(module, nn.Embedding) and head.weight is module.weight
             gathers = 3 if tied else 1 if isinstance(module, nn.Embedding) else 2
             sizes = tuple(one.element_size() for one in own)
             numels = tuple(map(whole_numel, own))
-            found.append(Part(name, numels, sizes, num_weights(module, own), gathers, name in blocks))
-    return tuple(found)
+            parts.append(Part(name, numels, sizes, num_weights(module, own), gathers, name in blocks))
+    return tuple(parts)
 
 
 def choose_resident(parts: Sequence[Part], budget: float) -> frozenset[str]:

@@ -157,19 +157,19 @@ def _advice(
     recipe: Recipe, memory: MemoryPlan, other: MemoryPlan, largest: int | None, limit: float, sharding: Sharding
 ) -> list[str]:
     """Return changes that would make the run fit, the cheapest first."""
-    found = []
+    advice = []
     checkpointed = recipe.engine.activation_checkpointing
     generated = memory.items["generated weights"]
     if checkpointed and recipe.adaptation.generator.generates_by_site and generated > limit / 10:
-        found.append(f"engine.generated_budget=0B: no site then keeps its part of {format_size(generated)}")
+        advice.append(f"engine.generated_budget=0B: no site then keeps its part of {format_size(generated)}")
     if memory.items["resident parts"] and memory.total - memory.items["resident parts"] <= limit:
-        found.append("engine.resident=auto keeps no more gathered than fits")
+        advice.append("engine.resident=auto keeps no more gathered than fits")
     if not checkpointed and other.total < memory.total:
         fits = "fits then" if other.total <= limit else "is still too much"
-        found.append(f"engine.activation_checkpointing=true: {format_size(other.total)}, which {fits}")
+        advice.append(f"engine.activation_checkpointing=true: {format_size(other.total)}, which {fits}")
     if largest:
-        found.append(f"training.micro_batch_size={largest} is the largest that fits as it is")
+        advice.append(f"training.micro_batch_size={largest} is the largest that fits as it is")
     shard = memory.items["backbone shard"] + memory.items["second shard (hpZ)"]
     if shard > limit / 2 and not sharding.offload:
-        found.append("more workers, or engine.ds_config=zero3_offload: the shards alone take more than half")
-    return found or ["more workers, a smaller backbone, or shorter data.max_source_tokens"]
+        advice.append("more workers, or engine.ds_config=zero3_offload: the shards alone take more than half")
+    return advice or ["more workers, a smaller backbone, or shorter data.max_source_tokens"]

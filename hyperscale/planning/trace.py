@@ -183,10 +183,10 @@ class _FloatsOnMeta(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        arguments = dict(kwargs or {})
         if func in self._factories:
-            given["device"] = "meta"
-        return func(*args, **given)
+            arguments["device"] = "meta"
+        return func(*args, **arguments)
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -82,10 +82,10 @@ def _kind(settings: type[AdapterSection], architecture: Architecture) -> KindSup
     present = site_map.targets_of(kind.name)
     if not present:  # what can be exported does not depend on the defaults
         site_map = table_sites(architecture, build_kinds([defaults.model_copy(update={"targets": (ALL,)})]))
-    wanted = [target for target in kind.targets if target != ALL and kind.acts_on(target) in CHOSEN]
+    named = [target for target in kind.targets if target != ALL and kind.acts_on(target) in CHOSEN]
     return KindSupport(
         targets=present,
-        lacks=tuple(target for target in wanted if target not in present),
+        lacks=tuple(target for target in named if target not in present),
         peft=peft_limitation(site_map, architecture),
         vllm=vllm_limitation(site_map, architecture),
     )
