@@ -369,10 +369,13 @@ def rate_of(row: dict[str, float]) -> str:
             {"learning_rate": 1},
             "comparison.yaml:23: learning_rate: unknown key (value 1). Did you mean 'learning_rates'?",
         ),
-        ({"settings": {"training.stpes": 4}}, "training.stpes: unknown key (value 4). Did you mean 'steps'?"),
+        (
+            {"settings": {"training.stpes": 4}},
+            "comparison.yaml:5: method hypernetwork: training.stpes: unknown key (value 4). Did you mean 'steps'?",
+        ),
         (
             {"methods": COMPARISON["methods"] | {"shared": {"settings": {"training.loss": "sqare_mean"}}}},
-            "method shared, ",
+            "comparison.yaml:10: method shared: training.loss: 'sqare_mean' is not allowed: must be one of ",
         ),
         ({"settings": {"training.steps": 3}}, "single_task divides training.steps 3 among 2 tasks"),
         ({"recipe": "reciep.yaml"}, "recipe file 'reciep.yaml' does not exist"),

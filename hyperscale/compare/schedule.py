@@ -4,6 +4,7 @@ A comparison can be stopped and continued: a finished run is not repeated, and a
 leaves a record (`compare/record.py`); its folder is not needed after that.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -209,8 +210,7 @@ def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: 
     """Return the recipes of one trial, with absolute paths and the secrets of their trackers."""
     name = f"{method}_lr{learning_rate:g}_seed{seed}"
     settings: dict[str, Any] = {
-        **comparison.settings,
-        **comparison.methods[method].settings,
+        **comparison.settings_of(method),
         "training.optimizer.learning_rate": learning_rate,
         "seed": seed,
         "name": name,
@@ -222,8 +222,19 @@ def make_trial(comparison: Comparison, method: str, learning_rate: float, seed: 
     try:
         recipe = with_tracking_secrets(load_recipe(comparison.recipe, settings, folder=Path(comparison.folder)))
     except ConfigError as error:
-        raise ConfigError("\n".join(f"method {method}, {line}" for line in str(error).splitlines())) from error
+        lines = [_with_place(comparison, method, line) for line in str(error).splitlines()]
+        raise ConfigError("\n".join(lines)) from error
     return Trial(method, learning_rate, seed, _runs_of(recipe, comparison.methods[method]))
+
+
+def _with_place(comparison: Comparison, method: str, line: str) -> str:
+    """Return a recipe's problem with the method, and with the line of the comparison's file that sets the value."""
+    for key, value in comparison.settings_of(method).items():
+        override = f"override '{key}={json.dumps(value, ensure_ascii=False)}': "
+        place = comparison.place_of(method, key)
+        if place and line.startswith(override):
+            return f"{place}: method {method}: {line.removeprefix(override)}"
+    return f"method {method}, {line}"
 
 
 def _runs_of(recipe: Recipe, method: Method) -> tuple[Recipe, ...]:

@@ -30,6 +30,7 @@ class Comparison(Section):
     """
 
     _folder: str = PrivateAttr(default="")
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output: str = Field(min_length=1)
@@ -51,6 +52,14 @@ class Comparison(Section):
     """Rows of the final scores. Learning rates are always chosen on the validation rows."""
     resamples: int = Field(default=2000, ge=100)
     """Bootstrap samples of the intervals."""
+
+    def settings_of(self, method: str) -> dict[str, Any]:
+        """Return what the file sets for a method: the settings for all methods, then the method's own."""
+        return {**self.settings, **self.methods[method].settings}
+
+    def place_of(self, method: str, key: str) -> str:
+        """Return `file:line` of a setting of a method, or of the same setting for all methods."""
+        return self._places.get(f"methods.{method}.settings.{key}") or self._places.get(f"settings.{key}", "")
 
     @property
     def folder(self) -> str:
@@ -94,6 +103,9 @@ def load_comparison(path: Path) -> Comparison:
     records = _below(folder, comparison.records) if comparison.records else str(Path(output) / "records")
     resolved = comparison.model_copy(update={"recipe": recipe, "output": output, "records": records})
     resolved._folder = str(folder)
+    sections = {"settings": resolved.settings}
+    sections |= {f"methods.{name}.settings": method.settings for name, method in resolved.methods.items()}
+    resolved._places = {f"{name}.{key}": file.where(f"{name}.{key}") for name, keys in sections.items() for key in keys}
     return resolved
 
 
