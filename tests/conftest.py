@@ -5,8 +5,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.ranks import Ranks
 
 # Two ranks share two cores in many tests; a worker that inherits more threads than one slows its peer down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +30,23 @@ def task_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"HYPERSCALE_TASK_DATA={folder} is not a folder")
     return path
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator["Ranks"]:
+    """Two processes that share a gloo group; the tests of one file use the same two."""
+    from tests.ranks import started_ranks
+
+    with started_ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The files of small written tasks, see `runs.write_tasks`."""
+    from tests.runs import write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import gc
 import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,10 @@ from hyperscale.engine.zero import shard_backbone
 from hyperscale.model.backbone import open_backbone
 from tests import tiny
 from tests.gathers import Gather, logged_gathers
-from tests.ranks import Ranks, started_ranks
-from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
+from tests.ranks import Ranks
+from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe
 
 SWITCH = "HYPERSCALE_SHARED_SHARDS"
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The plan of a run: against published shapes, against a real step, and as the command prints it."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,8 @@ from hyperscale.planning.traffic import plan_traffic, step_operations
 from tests import tiny
 from tests.command import run
 from tests.gathers import logged_gathers
-from tests.ranks import Ranks, started_ranks
+from tests.ranks import Ranks
 from tests.runs import corpus_of, engine_of, loader_of, make_recipe, write_tasks
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
 
 
 def recipe_of(path: Path, **changes: Any) -> Recipe:

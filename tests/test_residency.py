@@ -1,6 +1,6 @@
 """Parts of the backbone stay gathered as the recipe asks, on two real ranks, and the step stays the same."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,8 @@ from hyperscale.model.backbone import open_backbone
 from hyperscale.planning.memory import describe_run, plan_memory
 from hyperscale.planning.parts import Part, choose_resident
 from tests.gathers import held_elements
-from tests.ranks import Ranks, started_ranks
-from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
+from tests.ranks import Ranks
+from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe
 
 
 def recipe(backbone: Path, tasks: list[str], output: Path, resident: str, **engine: Any) -> Recipe:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hyperscale.launch.local import train_in_process
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore
 from hyperscale.run.worker import train_worker
 from hyperscale.training.evaluation import VALIDATION, Evaluation, Evaluator
-from tests.ranks import Ranks, RanksFailed, started_ranks
+from tests.ranks import Ranks, RanksFailed
 from tests.runs import make_recipe, write_tasks
 
 STEPS, SAVED_AT, KILLED_AT = 6, 3, 5
@@ -48,12 +47,6 @@ def die_after(steps: int) -> None:
         return next_step(loader)
 
     TrainLoader.next_step = die_or_go_on  # type: ignore[method-assign]
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,10 @@ from hyperscale.errors import EngineError
 from hyperscale.training.callbacks import StepRecord
 from hyperscale.training.trainer import Trainer
 from tests import command
-from tests.ranks import Ranks, started_ranks
-from tests.runs import corpus_of, engine_of, loader_of, make_recipe, write_tasks
+from tests.ranks import Ranks
+from tests.runs import corpus_of, engine_of, loader_of, make_recipe
 
 BAD_STEP = 2
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def step_with(engine: Engine, recipe: Recipe, steps: Sequence[int], bad_rank: int) -> list[tuple[StepResult, Any]]:
@@ -86,6 +75,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tiny_llama_folder: Path, 
     # And the next step does what it would have done had the bad one never been.
     without = step_with(engine_of(recipe), recipe, [0, 1, 3], bad_rank=0)
     assert_equal(states[3], without[2][1])
+
+
+@pytest.mark.parametrize("loss", ["token_mean", "token_sum"])
+def test_a_step_without_label_tokens_has_no_mean_loss(
+    tiny_llama_folder: Path, tasks: list[str], tmp_path: Path, loss: str
+):
+    recipe = make_recipe(tiny_llama_folder, tasks, tmp_path, training={"loss": loss})
+    engine, loader = engine_of(recipe), loader_of(recipe, corpus_of(recipe), 0, 1)
+    before = engine.state()
+    batches = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in loader.next_step()]
+    result = engine.train_step(batches, 0)
+    assert (result.is_finite, result.task_losses) == (loss == "token_sum", {})
+    assert result.loss == 0 or math.isnan(result.loss)
+    if loss == "token_mean":
+        assert_equal(before, engine.state())
 
 
 def zero_steps(recipe: Recipe) -> list[tuple[StepResult, Any]]:

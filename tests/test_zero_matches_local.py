@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,8 @@ from hyperscale.model.backbone import DTYPES, load_dense, open_backbone
 from hyperscale.model.shapes import whole_numel
 from tests import tiny
 from tests.gathers import held_elements
-from tests.ranks import Ranks, started_ranks
-from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe, write_tasks
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
+from tests.ranks import Ranks
+from tests.runs import CPU, corpus_of, engine_of, loader_of, make_recipe
 
 
 @pytest.fixture

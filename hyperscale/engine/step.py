@@ -1,6 +1,7 @@
 """One optimizer step over a frozen backbone: generate once, run the micro-batches, reduce once, update."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ class _Totals:
         *counts, samples, tokens, norm = values[self.num_tasks + 2 :]
         normaliser = 1.0 if loss == "token_sum" else weight
         return StepResult(
-            loss=objective / normaliser,
+            loss=objective / normaliser if normaliser else math.nan,  # a step without label tokens has no mean
             task_losses={task: sums[task] / counts[task] for task in range(self.num_tasks) if counts[task]},
             learning_rate=learning_rate,
             grad_norm=norm,
