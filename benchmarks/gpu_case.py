@@ -230,7 +230,7 @@ def _share(batch: Batch, collective: Collective, rows: int) -> Batch:
         batch.labels[here],
         batch.task_index[here],
         batch.num_tokens // collective.world_size,
-        batch.num_label_tokens // collective.world_size,
+        int(batch.labels.ne(IGNORED).sum()) // collective.world_size,
     )
 
 

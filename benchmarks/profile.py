@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.batches import batches_of, recipe_of
 from benchmarks.machine import write_report
-from hyperscale.data.collate import Batch
+from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.collective import SingleProcess
 from hyperscale.model.backbone import open_backbone
 from hyperscale.run.worker import build_engine
@@ -58,7 +58,7 @@ def measure(dtype: str) -> dict[str, Any]:
 
 def tokens_at(is_head: bool, batch: Batch) -> int:
     """Return the rows that go through a layer."""
-    return batch.num_label_tokens if is_head else batch.input_ids.numel()
+    return int(batch.labels.ne(IGNORED).sum()) if is_head else batch.input_ids.numel()
 
 
 def both_products(linear: nn.Linear, tokens: int) -> int:

@@ -47,7 +47,7 @@ def test_decoder_only_batch():
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
     assert batch.labels.tolist() == [[IGNORED, IGNORED, 7, 1, IGNORED, IGNORED, IGNORED], [IGNORED] * 4 + [8, 9, 1]]
     assert batch.task_index.tolist() == [1, 0]
-    assert (batch.num_tokens, batch.num_label_tokens) == (11, 5)
+    assert (batch.num_tokens, batch.labels.ne(IGNORED).sum()) == (11, 5)
     tensors = (batch.input_ids, batch.attention_mask, batch.labels, batch.task_index)
     assert {tensor.dtype for tensor in tensors} == {torch.int64}
 
@@ -56,7 +56,7 @@ def test_encoder_decoder_batch():
     batch = collate_examples([SHORT, LONG], [1, 0], Layout(PAD, is_encoder_decoder=True))
     assert batch.input_ids.tolist() == [[5, 6, 0, 0], [5, 6, 6, 6]]
     assert batch.labels.tolist() == [[7, 1, IGNORED], [8, 9, 1]]
-    assert (batch.num_tokens, batch.num_label_tokens) == (11, 5)
+    assert (batch.num_tokens, batch.labels.ne(IGNORED).sum()) == (11, 5)
 
 
 def test_the_loss_counts_the_spans_of_a_row():
@@ -67,7 +67,7 @@ def test_the_loss_counts_the_spans_of_a_row():
         [IGNORED, IGNORED, 7, 1, IGNORED, 8, 9, IGNORED],
         [IGNORED, IGNORED, 7, 1, *[IGNORED] * 4],
     ]
-    assert (batch.num_tokens, batch.num_label_tokens) == (12, 6)
+    assert (batch.num_tokens, batch.labels.ne(IGNORED).sum()) == (12, 6)
     assert list(EncodedRows([several, SHORT])) == [several, SHORT]
     with pytest.raises(ValueError, match="positions of a decoder-only model"):
         collate_examples([several], [0], Layout(PAD, is_encoder_decoder=True))

@@ -30,7 +30,6 @@ class Batch:
     """int64 [B]."""
     num_tokens: int
     """Real tokens, the decoder's included."""
-    num_label_tokens: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ def collate(sources: Sequence[TokenIds], answers: Sequence[TokenIds], tasks: Seq
         labels=_padded(labels, IGNORED),
         task_index=torch.tensor(tasks, dtype=torch.int64),
         num_tokens=sum(map(len, sources)) + sum(map(len, answers)),
-        num_label_tokens=sum(map(len, answers)),
     )
 
 
@@ -101,7 +99,7 @@ def collate_examples(examples: Sequence[Encoded], tasks: Sequence[int], layout: 
     if layout.is_encoder_decoder:
         raise ValueError("spans are positions of a decoder-only model")
     labels = _padded([_labels_of(one) for one in examples], IGNORED)
-    return replace(batch, labels=labels, num_label_tokens=int((labels != IGNORED).sum()))
+    return replace(batch, labels=labels)
 
 
 def _labels_of(example: Encoded) -> TokenIds:
