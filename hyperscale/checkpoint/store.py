@@ -85,9 +85,9 @@ class CheckpointStore:
         return self._commit(checkpoint.step, lambda target: _commit_whole(checkpoint, target))
 
     def update_state(self, path: str, state: Mapping[str, Any]) -> str:
-        """Commit the checkpoint at `path` anew with another `state`, and return its path. Rank 0 only.
+        """Commit the checkpoint at `path` again with another `state`, and return its path. Rank 0 only.
 
-        The other files are linked, or copied by the storage itself. Nothing of them is written again.
+        The other files are linked, or copied by the storage itself. They are not written again.
 
         Raises:
             CheckpointError, RunFolderError: as `save`.
