@@ -256,7 +256,7 @@ def test_every_norm_or_none():
     assert find_sites(backbone, row, build_kinds([LoraSettings()])).sites
 
 
-def test_a_norm_of_torchs_own_is_refused():
+def test_a_norm_of_torchs_own_is_an_error():
     row = dataclasses.replace(architecture_of("llama"), model_type="stablelm", model_class="StableLmForCausalLM")
     with torch.device("meta"):
         backbone = StableLmForCausalLM(StableLmConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1))
