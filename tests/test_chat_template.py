@@ -4,6 +4,8 @@ import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import accumulate
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from hyperscale.assets.backbones import resolve_packaged
 from hyperscale.assets.packages import PinnedPackage, fetch
 from hyperscale.config.data import DataSettings
+from hyperscale.data.chat_template import ChatTemplate
 from hyperscale.data.collate import IGNORED, Layout, collate_examples
 from hyperscale.data.examples import Example, renderer
 from hyperscale.data.rows import Row
@@ -150,6 +153,64 @@ def test_ids_and_labels_are_those_written_by_hand(name: str, conversation: str):
         messages[:-1], tools=list(tools) or None, add_generation_prompt=True, return_dict=False
     )
     assert list(encoded.source_ids) == prompt  # what a server sees
+
+
+_PIECES = (
+    *(
+        "yes",
+        "the plot",
+        " ",
+        "\n",
+        "\n\n",
+        "<",
+        "<|im_end|>",
+        "</s>",
+        "[INST]",
+        "<end_of_turn>",
+        "<think>",
+        "</think>",
+    ),
+    *(
+        "{{ bos_token }}",
+        "{% generation %}",
+        "assistant",
+        "<|im_start|>assistant\n",
+        "é",
+        "你好",
+        "🙂",
+        "\t",
+        '"',
+        "\\",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_turns_of_random_conversations_are_where_they_were_written(name: str):
+    """Texts hold closing tokens, headers and template code: nothing is found by the look of it."""
+    random = Random(name)
+    template = ChatTemplate(tokenizer_of(name), "chats")
+    has_system, has_pairs = name != "gemma", name not in ("gemma", "qwen3")  # Qwen3 writes a pair at the end otherwise
+    for _ in range(80):
+        messages = [SYSTEM] if has_system and random.random() < 0.4 else []
+        for _ in range(random.randint(1, 4)):
+            messages.append(user(_random_text(random)))
+            messages += [
+                assistant(_random_text(random)) for _ in range(random.choice((1, 1, 1, 2)) if has_pairs else 1)
+            ]
+        conversation = example(messages).conversation
+        assert conversation is not None
+        laid_out = template.lay_out(conversation)
+        segments = FORMATS[name].segments(messages, ())
+        ends = list(accumulate(len(text) for text, _ in segments))
+        turns = [(end - len(text), end) for (text, is_loss), end in zip(segments, ends, strict=True) if is_loss]
+        assert laid_out.prompt + laid_out.answer == "".join(text for text, _ in segments)[: turns[-1][1]]
+        assert list(laid_out.spans) == turns
+        assert len(laid_out.prompt) == turns[-1][0]
+
+
+def _random_text(random: Random) -> str:
+    return "".join(random.choices(_PIECES, k=random.randint(0, 6))) + random.choice(("yes", "x", "é."))
 
 
 @pytest.mark.parametrize("conversation", ["one turn", "several turns", "system", "equal texts"])
