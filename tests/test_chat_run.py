@@ -22,8 +22,8 @@ SYSTEM = {"role": "system", "content": "You answer in one word."}
 
 
 def talk(number: int) -> list[dict[str, str]]:
-    said = (f"Is the film number {number} good?", "It is.", "And the music?", "lovely" if number % 2 else "dull")
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
+    texts = (f"Is the film number {number} good?", "It is.", "And the music?", "lovely" if number % 2 else "dull")
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=True)]
 
 
 CHATS = [{"messages": [SYSTEM, *talk(number)]} for number in range(20)]
@@ -83,8 +83,12 @@ def test_train_evaluate_export_and_predict(
     assert (manifest["task"]["conversation"]["tools"], manifest["task"]["system"]) == ("tools", "Be exact.")
 
     # Who has the last word makes no difference: the last answer is what is asked for.
-    asked = [{"task": "chats", "messages": CHATS[0]["messages"][:count]} for count in (4, 5)]
-    rows = [*asked, {"task": "orders", **ORDERS[0]}, {"task": "orders", "instruction": "Write in capitals.\n\nword 0"}]
+    shortened = [{"task": "chats", "messages": CHATS[0]["messages"][:count]} for count in (4, 5)]
+    rows = [
+        *shortened,
+        {"task": "orders", **ORDERS[0]},
+        {"task": "orders", "instruction": "Write in capitals.\n\nword 0"},
+    ]
     write_rows(tmp_path / "questions.jsonl", [*rows, {"task": "feeling", "text": "the plot was thin"}])
     bundles = [tmp_path / "run/bundles" / name for name in names]
     place = ("--input", tmp_path / "questions.jsonl", "--output", tmp_path / "answers.jsonl")
@@ -94,9 +98,11 @@ def test_train_evaluate_export_and_predict(
     assert answered[0] == answered[1] != ""
     assert answered[2] == answered[3] != ""
     assert answered[4] in ("positive", "negative")
-    write_rows(tmp_path / "questions.jsonl", [{"task": "chats", "messages": [*asked[0]["messages"], {"role": "user"}]}])
-    refused = run(capsys, "predict", *bundles, *place)
-    assert refused.errors == [f"{tmp_path}/questions.jsonl:1: task 'chats': message 5: the user's turn has no content"]
+    write_rows(
+        tmp_path / "questions.jsonl", [{"task": "chats", "messages": [*shortened[0]["messages"], {"role": "user"}]}]
+    )
+    failed = run(capsys, "predict", *bundles, *place)
+    assert failed.errors == [f"{tmp_path}/questions.jsonl:1: task 'chats': message 5: the user's turn has no content"]
 
     t5 = run(capsys, "validate", recipe, f"backbone.name={tiny_t5_folder}")
     assert t5.code != 0
@@ -108,15 +114,15 @@ def test_bad_rows_and_missing_libraries_stop_a_run_with_one_message(
 ):
     recipe = write_files(tmp_path, tiny_llama_folder)
     write_rows(tmp_path / "chats.jsonl", [*CHATS, {"messages": CHATS[0]["messages"][:-1]}])
-    refused = run(capsys, "train", recipe, "--launcher", "local")
-    assert refused.code != 0
-    assert [error.partition(";")[0] for error in refused.errors] == [
+    failed = run(capsys, "train", recipe, "--launcher", "local")
+    assert failed.code != 0
+    assert [error.partition(";")[0] for error in failed.errors] == [
         f"{tmp_path}/chats.jsonl:21: task 'chats': the last turn is the user's"
     ]
     monkeypatch.setitem(sys.modules, "rouge_score", None)
-    refused = run(capsys, "validate", recipe)
-    assert refused.code != 0
-    assert "metric rougeL needs the package rouge-score: pip install 'hypernet-scale[metrics]'" in refused.errors[0]
+    failed = run(capsys, "validate", recipe)
+    assert failed.code != 0
+    assert "metric rougeL needs the package rouge-score: pip install 'hypernet-scale[metrics]'" in failed.errors[0]
 
 
 def test_the_loss_is_transformers_own_with_these_labels(tmp_path: Path, tiny_llama_folder: Path):
@@ -130,7 +136,6 @@ def test_the_loss_is_transformers_own_with_these_labels(tmp_path: Path, tiny_lla
     first = tokenizer.decode(trained[0])
     assert (first.startswith("It is.</s>"), first.endswith("</s>"), first.count("</s>")) == (True, True, 2)
     assert tokenizer.decode(trained[1]).startswith("WORD ")
-    assert batch.num_label_tokens == sum(map(len, trained))
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     with torch.no_grad():
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -142,7 +147,7 @@ def test_the_loss_is_transformers_own_with_these_labels(tmp_path: Path, tiny_lla
         for place, token in enumerate(labels)
         if token != IGNORED
     ]
-    assert len(chosen) == batch.num_label_tokens
+    assert len(chosen) == sum(map(len, trained))
     assert -torch.stack(chosen).mean() == pytest.approx(theirs.item(), rel=1e-5)
 
 

@@ -1,6 +1,5 @@
 """Conversations through chat templates, token by token: the ids, and on which of them there is loss."""
 
-import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -464,8 +463,7 @@ def test_system_messages_of_the_task_and_of_the_row():
         assert list(encoded.source_ids + encoded.target_ids) == ids
 
 
-def test_the_error_for_what_cannot_be_encoded_names_it(caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.ERROR)
+def test_the_error_for_what_cannot_be_encoded_names_it():
     start = r"chats\.jsonl:7: task 'chats': "
     with pytest.raises(
         DataError, match=start + "the tokenizer's chat template refuses the conversation: System role not"
@@ -501,6 +499,13 @@ def test_the_error_for_what_cannot_be_encoded_names_it(caplog: pytest.LogCapture
         TaskTokenizer(tokenizer_of("chatml"), TASK, is_encoder_decoder=True).encode_examples(
             [example(SHORT)], settings()
         )
+
+
+def test_tools_that_a_template_leaves_out_are_reported(caplog: pytest.LogCaptureFixture):
+    encode(tokenizer_of("qwen3"), SHORT, tools=TOOLS)
+    assert caplog.text == ""
+    encode(tokenizer_of("chatml"), SHORT, tools=TOOLS)
+    assert "task chats: rows have tools, but the tokenizer's chat template leaves them out" in caplog.text
 
 
 def test_a_tokenizer_without_offsets_is_an_error(monkeypatch: pytest.MonkeyPatch):

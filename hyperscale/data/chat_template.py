@@ -92,6 +92,11 @@ class ChatTemplate:
         earlier, _ = self._to_first_token(whole.text[self._edge(whole, 1, at_end=True) :])
         return Closing(earlier, last, token_id)
 
+    @property
+    def reads_tools(self) -> bool:
+        """Whether the template writes the functions of the column `tools`."""
+        return "tools" in self.tokenizer.get_chat_template(tools=[{}])
+
     def prompt(self, conversation: Conversation) -> str:
         """Return everything before the last assistant turn, and the generation prompt.
 

@@ -288,9 +288,14 @@ class TaskTokenizer:
 
     def _encode_conversations(self, examples: Sequence[Example], settings: DataSettings) -> list[Encoded | None]:
         conversations = [cast(Conversation, example.conversation) for example in examples]
+        encoded = self._conversations().encode(conversations, settings)
+        if any(conversation.tools for conversation in conversations) and not self._template.reads_tools:
+            _logger.warning(
+                "task %s: rows have tools, but the tokenizer's chat template leaves them out", self.task.name
+            )
         return [
             None if one is None else Encoded(one.source_ids, one.target_ids, (), one.spans, one.shortened)
-            for one in self._conversations().encode(conversations, settings)
+            for one in encoded
         ]
 
     def _scored(self, example: Example, encoded: Encoded) -> Example:
