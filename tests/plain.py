@@ -5,7 +5,7 @@ map, and none of their code: adapted layers are modules of their own in the plac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -118,6 +118,10 @@ class PlainLinear(nn.Module):
         for (kind, _), weights in self.at.items():
             if kind == "lora":
                 y = y + x @ (weights["b"] @ weights["a"]).T
+            if kind == "vera":
+                d = weights["d"] + self.settings["vera"].d_initial
+                update = weights["b"].diag() @ weights["shared_b"] @ d.diag() @ weights["shared_a"]
+                y = y + x @ update.T
         for (kind, position), weights in self.at.items():
             if kind == "ia3" and position != "feed_forward":
                 y = y * (1 + weights["delta"])
@@ -312,11 +316,28 @@ def compare(
     assert not any(parameter.requires_grad for parameter in ours.backbone.parameters())
 
 
+def shared_matrices(sites: Sequence[Site], chosen: AdaptationSettings) -> tuple[Tensor, Tensor] | None:
+    """Draw VeRA's A [R, widest input] and B [widest output, R] one after the other, U(±√(6 / columns))."""
+    if not sites:
+        return None
+    settings = next(one for one in chosen.adapters if one.kind == "vera")
+    torch.manual_seed(settings.projection_seed)
+    widest = max(site.in_features for site in sites), max(site.out_features for site in sites)
+    a = torch.empty(settings.rank, widest[0]).uniform_(-math.sqrt(6 / widest[0]), math.sqrt(6 / widest[0]))
+    b = torch.empty(widest[1], settings.rank).uniform_(-math.sqrt(6 / settings.rank), math.sqrt(6 / settings.rank))
+    return a, b
+
+
 def put_in(backbone: nn.Module, weights: Mapping[Site, Plain], chosen: AdaptationSettings) -> None:
     """Put plain modules with one task's weights in the places of a backbone's layers."""
-    for site, weights_here in weights.items():
+    shared = shared_matrices([site for site in weights if site.kind == "vera"], chosen)
+    for site, own in weights.items():
         layer: Any = backbone.get_submodule(site.name)
-        if site.kind in ("lora", "ia3", "bottleneck"):
+        weights_here = own
+        if shared and site.kind == "vera":
+            a, b = (matrix.to(own["b"]) for matrix in shared)
+            weights_here = {**own, "shared_a": a[:, : site.in_features], "shared_b": b[: site.out_features]}
+        if site.kind in ("lora", "vera", "ia3", "bottleneck"):
             if isinstance(layer, nn.Linear):
                 layer = PlainLinear(layer, chosen)
                 replace(backbone, site.name, layer)

@@ -15,6 +15,7 @@ from hyperscale.config.adaptation import (
     LoraSettings,
     NormDeltaSettings,
     PrefixSettings,
+    VeraSettings,
 )
 from hyperscale.model.adapters.bottleneck import Bottleneck
 from hyperscale.model.adapters.ia3 import Ia3
@@ -23,6 +24,7 @@ from hyperscale.model.adapters.lora import Lora
 from hyperscale.model.adapters.norm_delta import NormDelta
 from hyperscale.model.adapters.prefix import Prefix
 from hyperscale.model.adapters.registry import ADAPTER_KINDS, build_kinds
+from hyperscale.model.families.table import NORMS
 
 B, T, IN, OUT = 3, 4, 6, 10
 
@@ -191,16 +193,18 @@ def test_every_kind_of_the_recipe_is_built():
         NormDeltaSettings(),
         BottleneckSettings(targets=("attention",)),
         Ia3Settings(),
+        VeraSettings(targets=("o", "q", "k")),
         LoraSettings(targets=("o", "k")),
     ]
     kinds = build_kinds(settings)
     # the order in which they act, not the recipe's
-    assert [kind.name for kind in kinds] == ["lora", "ia3", "bottleneck", "norm_delta", "prefix"]
+    assert [kind.name for kind in kinds] == ["lora", "vera", "ia3", "bottleneck", "norm_delta", "prefix"]
     assert {kind.name: [kind.acts_on(target) for target in kind.targets] for kind in kinds} == {
         "lora": ["projections"] * 2,
+        "vera": ["projections"] * 3,
         "ia3": ["projections", "projections", "inputs"],
         "bottleneck": ["sublayers"],
-        "norm_delta": ["norms"] * 4,
+        "norm_delta": ["norms"] * (len(NORMS) + 1),
         "prefix": ["keys", "values"],
     }
     assert [kind.name for kind in kinds if not kind.is_generated] == ["norm_delta"]

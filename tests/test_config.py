@@ -95,12 +95,13 @@ def test_every_problem_is_reported_at_once(tmp_path: Path):
         data={"tasks": []},
     )
     sections, training = ", ".join(Recipe.model_fields), ", ".join(TrainingSettings.model_fields)
+    lora = "kind, rank, alpha, rslora, targets"
     generator = "one of hypernetwork, per_layer, independent, shared. Did you mean 'independent'?"
     assert [without_line(line, path) for line in problems(path)] == [
         "name: 'two words' is not allowed: must be text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$",
         f"adaptation.generator.kind: 'independents' is not allowed: must be {generator}",
-        "adaptation.adapters[0].rnak: unknown key (value 3). Did you mean 'rank'? Known: kind, rank, alpha, targets",
-        "adaptation.adapters[1].kind: required, but missing: one of lora, bottleneck, ia3, norm_delta, prefix",
+        f"adaptation.adapters[0].rnak: unknown key (value 3). Did you mean 'rank'? Known: {lora}",
+        "adaptation.adapters[1].kind: required, but missing: one of lora, vera, bottleneck, ia3, norm_delta, prefix",
         "data.tasks: needs at least 1 entry, has 0",
         "training.steps: 'many' is not allowed: must be a valid integer",
         "training.optimizer.learning_rate: -1 is not allowed: must be greater than 0",
@@ -174,8 +175,8 @@ def test_contradicting_sections_are_reported_together(tmp_path: Path):
     )
     assert line == (
         f"{path}: adaptation.adapters lists the kind 'bottleneck' more than once; put all its targets in one entry; "
-        "export.format 'peft' cannot express bottleneck; use 'native' or 'auto', or keep only lora, only ia3 or only "
-        "prefix adapters; "
+        "export.format 'peft' cannot express bottleneck; use 'native' or 'auto', or keep only lora, only vera, only "
+        "ia3 or only prefix adapters; "
         "training.batch_size 50 is not a multiple of cluster.workers × training.micro_batch_size = 3 × 8; use 48 or 72"
         "; training.optimizer.warmup_steps 21 is more than training.steps 20, so the full learning rate would never be "
         "reached; set training.optimizer.warmup_steps=2"

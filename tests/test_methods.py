@@ -45,6 +45,7 @@ SCALED = {"llama": ["k", "v", "feed_forward"], "t5": ["k", "v", "cross_k", "cros
 def adapters(kind: str, family: str) -> list[dict[str, Any]]:
     each = {
         "lora": {"kind": "lora", "rank": 2, "alpha": 5.0, "targets": ALL_PROJECTIONS[family]},
+        "vera": {"kind": "vera", "rank": 5, "d_initial": 0.5, "projection_seed": 7},
         "bottleneck": {"kind": "bottleneck", "reduction": 8},
         "conditional norm": {"kind": "bottleneck", "reduction": 8, "layer_norm": True},
         "ia3": {"kind": "ia3", "targets": SCALED[family]},
@@ -54,7 +55,7 @@ def adapters(kind: str, family: str) -> list[dict[str, Any]]:
     return [one for name, one in each.items() if name != "bottleneck"] if kind == "all" else [each[kind]]
 
 
-KINDS = ("lora", "bottleneck", "conditional norm", "ia3", "norm_delta", "prefix", "all")
+KINDS = ("lora", "vera", "bottleneck", "conditional norm", "ia3", "norm_delta", "prefix", "all")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_generator = pytest.mark.parametrize("generator", GENERATORS)
 

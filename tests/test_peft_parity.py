@@ -52,6 +52,8 @@ ADAPTERS = {
     "llama-ia3-outputs": ("llama", ia3("q", "o", "up")),
     "t5-ia3": ("t5", ia3("k", "v", "cross_k", "cross_v", "feed_forward")),
     "t5-ia3-cross-attention": ("t5", ia3("cross_k", "feed_forward")),
+    "llama-vera": ("llama", {"kind": "vera", "rank": 16, "projection_seed": 3}),
+    "t5-vera": ("t5", {"kind": "vera", "rank": 8, "targets": ["q", "cross_v", "wo"]}),
     "llama-prefix": ("llama", {"kind": "prefix", "length": 5}),
     **{f"{family}-all": (family, lora("all")) for family in tiny.FAMILIES},
     **{f"{family}-prefix": (family, {"kind": "prefix", "length": 5}) for family in ("granite", "olmo2")},
@@ -144,7 +146,7 @@ def test_same_logits(family: str, adapter: dict[str, Any], request: pytest.Fixtu
             assert set(read_manifest(bundle).adapters[0].targets) == set(named) - {"all"}
         assert (expected - untouched).abs().max() > 1e-2
         logits.append(expected)
-        again = read_peft(bundle, engine.model.site_map)
+        again = read_peft(bundle, engine.model.site_map, recipe.adaptation.adapters)
         for group, named in engine.model.generator(torch.tensor([task])).items():
             for name, tensor in named.items():
                 assert (again[group][name] - tensor).abs().max() <= 1e-6

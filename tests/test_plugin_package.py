@@ -113,7 +113,9 @@ def test_train_plan_export_and_predict(tmp_path: Path, seed_oss: Path, environme
         *("predict", bundle, "--input", rows, "--output", tmp_path / "none.jsonl"), environment=bare, folder=tmp_path
     )
     assert without.returncode != 0
-    assert "adapters[0].kind: 'shift' is not allowed: must be one of lora, bottleneck, ia3, norm_" in without.stderr
+    assert (
+        "adapters[0].kind: 'shift' is not allowed: must be one of lora, vera, bottleneck, ia3, norm_" in without.stderr
+    )
     assert "No installed package adds it" in without.stderr
 
 
@@ -130,7 +132,7 @@ def test_two_sharded_ranks(tmp_path: Path, seed_oss: Path, environment: dict[str
     [
         (
             ["adaptation.adapters.0.kind=shfit"],
-            "adapters[0].kind: 'shfit' is not allowed: must be one of lora, bottleneck, ia3, norm_delta, prefix, shift",
+            "'shfit' is not allowed: must be one of lora, vera, bottleneck, ia3, norm_delta, prefix, shift",
         ),
         (
             ["adaptation.adapters.0.scael=2"],

@@ -139,6 +139,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                     "generator": {"kind": generator},
                     "adapters": [
                         {"kind": "lora", "rank": 4, "alpha": 8},
+                        {"kind": "vera", "rank": 8},
                         {"kind": "ia3"},
                         {"kind": "bottleneck", "reduction": 4, "layer_norm": True},
                         {"kind": "norm_delta"},

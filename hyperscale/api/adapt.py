@@ -212,7 +212,8 @@ class MultiTaskModel(nn.Module):
                 for group, named in self.weights(number).items()
             }
             with whole_folder(target, "adapter") as building:
-                write_peft(building, weights, self.blueprint.site_map, self.blueprint.architecture, base, dtype)
+                site_map, architecture = self.blueprint.site_map, self.blueprint.architecture
+                write_peft(building, weights, site_map, architecture, base, dtype, self.settings.adapters)
             written[self.task_names[number]] = target
         return written
 

@@ -61,6 +61,23 @@ class LoraSettings(AdapterSection):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+class VeraSettings(AdapterSection):
+    """LoRA between two frozen random matrices that all sites share, `y + b ⊙ B(d ⊙ A x)` (arXiv 2310.11454).
+
+    A site has two vectors of its own, so a task takes little: rank + the width of the output.
+    """
+
+    has_peft_form = True
+    kind: Literal["vera"] = "vera"
+    rank: int = Field(default=256, ge=1)
+    d_initial: float = Field(default=0.1, gt=0)
+    """The value of every entry of d at the start; b starts at 0."""
+    projection_seed: int = Field(default=0, ge=0, lt=2**32)
+    """The seed of A and B, which no checkpoint stores."""
+    targets: Projections = ("all",)
+    """Projections by their short names, or `all`, as for LoRA."""
+
+
 class BottleneckSettings(AdapterSection):
     """Bottleneck adapter on a sub-layer's output, `y + U act(D y + b_d) + b_u` (arXiv 1902.00751, section 2.1)."""
 
@@ -109,6 +126,7 @@ ADAPTER_SETTINGS: Registry[type[AdapterSection]] = Registry(
     "hyperscale.adapter_kinds",
     {
         "lora": LoraSettings,
+        "vera": VeraSettings,
         "bottleneck": BottleneckSettings,
         "ia3": Ia3Settings,
         "norm_delta": NormDeltaSettings,
@@ -116,7 +134,7 @@ ADAPTER_SETTINGS: Registry[type[AdapterSection]] = Registry(
     },
 )
 AdapterSettings = Annotated[
-    LoraSettings | BottleneckSettings | Ia3Settings | NormDeltaSettings | PrefixSettings,
+    LoraSettings | VeraSettings | BottleneckSettings | Ia3Settings | NormDeltaSettings | PrefixSettings,
     Field(discriminator="kind"),
     OpenUnion(ADAPTER_SETTINGS),
 ]

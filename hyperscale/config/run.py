@@ -44,7 +44,7 @@ class Recipe(Section):
         if self.export.format == "peft" and not self.adaptation.has_peft_form:
             problems.append(
                 f"export.format 'peft' cannot express {' + '.join(dict.fromkeys(kinds))}; use 'native' or 'auto', "
-                "or keep only lora, only ia3 or only prefix adapters"
+                "or keep only lora, only vera, only ia3 or only prefix adapters"
             )
         ranks = self.cluster.workers * self.training.micro_batch_size
         if self.training.batch_size % ranks:

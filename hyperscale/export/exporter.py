@@ -146,7 +146,8 @@ def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> N
     if format == "peft":
         base = trained.backbone["path"] if trained.backbone["is_local"] else trained.backbone["name"]
         revision = None if trained.backbone["is_local"] else recipe.backbone.revision
-        write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype, revision)
+        adapters = recipe.adaptation.adapters
+        write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype, adapters, revision)
     else:
         write_native(folder, weights, dtype)
     (folder / "recipe.yaml").write_text(render_recipe(recipe_without_destinations(recipe)), encoding="utf-8")

@@ -9,15 +9,17 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyperscale.config.adaptation import AdapterSettings, VeraSettings
 from hyperscale.config.extensions import peft_method_of
 from hyperscale.errors import BundleError
 from hyperscale.model.adapters.ia3 import INNER
+from hyperscale.model.adapters.vera import Vera
 from hyperscale.model.architectures import Architecture
 from hyperscale.model.sites import Site, SiteMap
 from hyperscale.model.weights import Weights
@@ -39,7 +41,7 @@ class PeftMethod(NamedTuple):
 def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None:
     """Return the part of a map that PEFT cannot express, or None if a PEFT folder can hold all of it."""
     kinds = list(dict.fromkeys(site.kind for site in site_map.sites))
-    others = sorted(kind for kind in kinds if _find_method(kind) is None)
+    others = sorted(kind for kind in kinds if not _has_method(kind))
     if others:
         return f"{', '.join(others)} adapters: PEFT has no such type"
     if len(kinds) > 1:
@@ -80,14 +82,16 @@ def write_peft(
     architecture: Architecture,
     base: str,
     dtype: torch.dtype,
+    adapters: Sequence[AdapterSettings],
     revision: str | None = None,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` for the one task in `weights` (K = 1).
 
-    `base` and `revision`: the folder or hub id of the base model, and which commit, tag or branch of it.
+    `adapters`: the settings that they were trained with. `base` and `revision`: the folder or hub id of the base model,
+    and which commit, tag or branch of it.
     """
     require_peft_support(site_map, architecture)
-    method = _method(site_map)
+    method = _method(site_map, adapters)
     config = {
         "task_type": "SEQ_2_SEQ_LM" if architecture.is_encoder_decoder else "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -100,9 +104,11 @@ def write_peft(
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
-def read_peft(folder: Path, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
+def read_peft(
+    folder: Path, site_map: SiteMap, adapters: Sequence[AdapterSettings]
+) -> Mapping[str, Mapping[str, Tensor]]:
     """Read back weights [1, S, …] of every group."""
-    return _method(site_map).read(load_file(folder / TENSORS), site_map)
+    return _method(site_map, adapters).read(load_file(folder / TENSORS), site_map)
 
 
 def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] | str:
@@ -209,6 +215,51 @@ def _read_prefix(tensors: Mapping[str, Tensor], site_map: SiteMap) -> Mapping[st
     return {group: {"rows": _stacked(rows[site] for site in sites)} for group, sites in site_map.groups.items()}
 
 
+def _vera_method(settings: VeraSettings) -> PeftMethod:
+    """A and B are in the file too, so that no other program has to draw them again."""
+
+    def config(_weights: Weights, site_map: SiteMap, architecture: Architecture) -> Mapping[str, Any]:
+        return {
+            "peft_type": "VERA",
+            "r": settings.rank,
+            "target_modules": target_modules(site_map, architecture),
+            "projection_prng_key": settings.projection_seed,
+            "save_projection": True,
+            "vera_dropout": 0.0,
+            "d_initial": settings.d_initial,
+            "fan_in_fan_out": False,
+            "bias": "none",
+            "modules_to_save": None,
+        }
+
+    def tensors(weights: Weights, site_map: SiteMap) -> Mapping[str, Tensor]:
+        constants = Vera(settings).constants([site.sizes for site in site_map.sites])
+        vectors = {
+            f"{_PREFIX}{site.name}.vera_lambda_{letter}": weights[group][letter][0, index] + offset
+            for group, index, site in _indexed(site_map)
+            for letter, offset in (("d", settings.d_initial), ("b", 0.0))
+        }
+        return {**vectors, "base_model.vera_A": constants["shared_a"], "base_model.vera_B": constants["shared_b"]}
+
+    def read(tensors: Mapping[str, Tensor], site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
+        drawn = Vera(settings).constants([site.sizes for site in site_map.sites])
+        for letter in "ab":
+            stored = tensors[f"base_model.vera_{letter.upper()}"]
+            if not torch.equal(stored, drawn[f"shared_{letter}"].to(stored.dtype)):
+                raise BundleError("this PyTorch draws other VeRA matrices than the bundle has; load it with PEFT")
+        return {
+            group: {
+                letter: _stacked(
+                    tensors[f"{_PREFIX}{site.name}.vera_lambda_{letter}"].float() - offset for site in sites
+                )
+                for letter, offset in (("d", settings.d_initial), ("b", 0.0))
+            }
+            for group, sites in site_map.groups.items()
+        }
+
+    return PeftMethod(config, tensors, read)
+
+
 PEFT_METHODS: Mapping[str, PeftMethod] = {
     "lora": PeftMethod(_lora_config, _lora_tensors, _read_lora),
     "ia3": PeftMethod(_ia3_config, _ia3_tensors, _read_ia3),
@@ -216,16 +267,20 @@ PEFT_METHODS: Mapping[str, PeftMethod] = {
 }
 
 
-def _find_method(kind: str) -> PeftMethod | None:
-    return PEFT_METHODS.get(kind) or peft_method_of(kind)
+def _has_method(kind: str) -> bool:
+    return kind in PEFT_METHODS or kind == Vera.name or peft_method_of(kind) is not None
 
 
-def _method(site_map: SiteMap) -> PeftMethod:
+def _method(site_map: SiteMap, adapters: Sequence[AdapterSettings]) -> PeftMethod:
     """Return how the one kind of a map is written, after `require_peft_support`."""
-    method = _find_method(site_map.sites[0].kind)
+    kind = site_map.sites[0].kind
+    settings = next((one for one in adapters if one.kind == kind), None)
+    if isinstance(settings, VeraSettings):
+        return _vera_method(settings)
+    method = PEFT_METHODS.get(kind) or peft_method_of(kind)
     if method is None:
-        raise BundleError(f"{site_map.sites[0].kind} adapters have no PEFT form in this installation")
-    return method
+        raise BundleError(f"{kind} adapters have no PEFT form in this installation")
+    return cast(PeftMethod, method)
 
 
 def _indexed(site_map: SiteMap) -> Sequence[tuple[str, int, Site]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hyperscale.model import hooks
-from hyperscale.model.adapters.kinds import AdapterKind, Place
+from hyperscale.model.adapters.kinds import AdapterKind, Place, SharesConstants
 from hyperscale.model.adapters.prefix import Prefix
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.generation import Source, split_by_site
@@ -34,11 +34,29 @@ class _Place:
     index: int
 
 
+class _Constants:
+    """Frozen tensors that the sites of a kind share, kept in the dtype and on the device of their last use."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = self._cast = tensors
+
+    def like(self, tensor: Tensor) -> Mapping[str, Tensor]:
+        first = next(iter(self._cast.values()))
+        if (first.dtype, first.device) != (tensor.dtype, tensor.device):
+            self._cast = {name: one.to(tensor.device, tensor.dtype) for name, one in self._tensors.items()}
+        return self._cast
+
+
 class Injection:
     """The hooks of one backbone. Without active weights they do nothing."""
 
     def __init__(self, backbone: nn.Module, site_map: SiteMap, kinds: Sequence[AdapterKind]) -> None:
         self._active: _Active | None = None
+        self._constants = {
+            kind.name: _Constants(kind.constants([site.sizes for site in site_map.sites_of(kind.name)]))
+            for kind in kinds
+            if isinstance(kind, SharesConstants)
+        }
         by_name = {kind.name: kind for kind in kinds}
         order = {kind.name: rank for rank, kind in enumerate(kinds)}
         config: Any = backbone.config
@@ -88,7 +106,11 @@ class Injection:
         active = self._active
         if active is None:
             return ()
-        return [hooks.Act(place.place, place.kind, _select(active, place)) for place in places]
+        return [hooks.Act(place.place, place.kind, self._weights(active, place)) for place in places]
+
+    def _weights(self, active: _Active, place: _Place) -> Mapping[str, Tensor]:
+        weights, constants = _select(active, place), self._constants.get(place.kind.name)
+        return {**weights, **constants.like(next(iter(weights.values())))} if constants else weights
 
 
 def adapting(

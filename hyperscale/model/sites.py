@@ -34,6 +34,10 @@ class Site:
     """Width of the adapted tensor."""
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    @property
     def group(self) -> str:
         """Sites of one group have weights of the same shapes and are generated as one tensor."""
         return f"{self.stack}/{self.kind}/{self.in_features}x{self.out_features}"
@@ -67,9 +71,13 @@ class SiteMap:
         """`kind:position` of every position in the map; the index is the position's id in all stacks."""
         return tuple(dict.fromkeys(f"{site.kind}:{site.position}" for site in self.sites))
 
+    def sites_of(self, kind: str) -> tuple[Site, ...]:
+        """Return the sites of one adapter kind, in map order."""
+        return tuple(site for site in self.sites if site.kind == kind)
+
     def targets_of(self, kind: str) -> tuple[str, ...]:
         """Return the positions of one adapter kind, in map order: what `all` stood for."""
-        return tuple(dict.fromkeys(site.position for site in self.sites if site.kind == kind))
+        return tuple(dict.fromkeys(site.position for site in self.sites_of(kind)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the map as plain values, in order."""

@@ -162,8 +162,6 @@ def _open_backbone(
 
 
 def _read(folder: Path, manifest: BundleManifest, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
-    read = read_peft if manifest.format == "peft" else read_native
-    return {
-        group: {name: tensor.float() for name, tensor in named.items()}
-        for group, named in read(folder, site_map).items()
-    }
+    is_peft = manifest.format == "peft"
+    stored = read_peft(folder, site_map, manifest.adapters) if is_peft else read_native(folder, site_map)
+    return {group: {name: tensor.float() for name, tensor in named.items()} for group, named in stored.items()}

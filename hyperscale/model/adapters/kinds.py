@@ -4,9 +4,9 @@ Legend for shapes: B batch, T tokens, K tasks, S sites, R rank or bottleneck wid
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -81,5 +81,20 @@ class AdapterKind(Protocol):
                 cases `x` is the same tensor.
             weights: for each name of `tensors`, either one task's tensor for the whole batch (the spec's shape) or one
                 tensor per sample (with a leading B).
+        """
+        ...
+
+
+@runtime_checkable
+class SharesConstants(Protocol):
+    """A kind whose sites share frozen tensors that no generator makes and no checkpoint stores."""
+
+    def constants(self, sizes: Sequence[tuple[int, int]]) -> Mapping[str, Tensor]:
+        """Return fp32 tensors on the CPU, the same in every process.
+
+        `apply` gets them among its weights, in the dtype of these, and always without a leading B.
+
+        Args:
+            sizes: (in_features, out_features) of all of the kind's sites.
         """
         ...

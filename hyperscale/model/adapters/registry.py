@@ -12,9 +12,11 @@ from hyperscale.model.adapters.kinds import AdapterKind
 from hyperscale.model.adapters.lora import Lora
 from hyperscale.model.adapters.norm_delta import NormDelta
 from hyperscale.model.adapters.prefix import Prefix
+from hyperscale.model.adapters.vera import Vera
 
 ADAPTER_KINDS: Mapping[str, Callable[[Any], AdapterKind]] = {
     "lora": Lora,
+    "vera": Vera,
     "ia3": Ia3,
     "bottleneck": Bottleneck,
     "norm_delta": NormDelta,
@@ -25,8 +27,8 @@ ADAPTER_KINDS: Mapping[str, Callable[[Any], AdapterKind]] = {
 def build_kinds(settings: Sequence[AdapterSettings]) -> tuple[AdapterKind, ...]:
     """Build the adapter kinds of a recipe, in the order in which they act at a shared layer.
 
-    LoRA comes first because it changes the projection itself. Then come the kinds that scale the output, then those
-    that follow it. Registered kinds come last, sorted by name, so the order does not depend on what is installed.
+    LoRA and VeRA come first because they change the projection itself. Then come the kinds that scale the output, then
+    those that follow it. Registered kinds come last, sorted by name, so the order does not depend on what is installed.
 
     Raises:
         PluginError: a kind of a plug-in that cannot be imported, or that acts inside the attention.
