@@ -175,7 +175,7 @@ def test_decoding_with_a_cache_is_recomputing(family: str, folder: Path, attenti
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if not adapted.architecture.is_encoder_decoder:
         ids, mask = ids.flip(1), mask.flip(1)  # decoder-only prompts are padded on the left
-    never, limits = torch.tensor([-1]), torch.tensor([8, 3, 8, 8])
+    never, limits = torch.tensor([-1]), torch.tensor([8, 3, 2, 8])
     with torch.no_grad():
         with adapted.adapting(tasks):
             cached = greedy_decode(adapted, ids, mask, limits, never, bool)
