@@ -128,7 +128,7 @@ def random_batch(case: dict[str, Any], folder: BackboneFolder, seed: int) -> Bat
     labels = answers if folder.architecture.is_encoder_decoder else torch.full_like(ids, IGNORED)
     labels[:, -TARGET:] = answers
     tasks = torch.arange(rows) % TASKS
-    return Batch(ids, torch.ones_like(ids), labels, tasks, rows * case["length"], rows * TARGET)
+    return Batch(ids, torch.ones_like(ids), labels, tasks, rows * case["length"])
 
 
 def run_losses(case: dict[str, Any], scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -230,7 +230,6 @@ def _share(batch: Batch, collective: Collective, rows: int) -> Batch:
         batch.labels[here],
         batch.task_index[here],
         batch.num_tokens // collective.world_size,
-        int(batch.labels.ne(IGNORED).sum()) // collective.world_size,
     )
 
 

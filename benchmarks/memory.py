@@ -153,7 +153,7 @@ def longest_batch(is_encoder_decoder: bool) -> Batch:
     labels = answers if is_encoder_decoder else torch.full((ROWS, length), IGNORED)
     labels[:, -TARGET:] = answers
     tasks = torch.arange(ROWS) % 2
-    return Batch(ids, torch.ones_like(ids), labels, tasks, ROWS * (SOURCE + TARGET), ROWS * TARGET)
+    return Batch(ids, torch.ones_like(ids), labels, tasks, ROWS * (SOURCE + TARGET))
 
 
 def measure(case: Case, backbone: Path) -> dict[str, Any]:
