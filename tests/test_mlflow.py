@@ -170,6 +170,23 @@ def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path: Path) -> None:
     assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
+def test_a_bundle_that_was_exported_again_replaces_the_one_in_mlflow(tmp_path: Path) -> None:
+    folder, bundle = tmp_path / "run", tmp_path / "run" / "bundles" / "sst2"
+    bundle.mkdir(parents=True)
+    state: dict[str, Any] = {}
+    for steps, digest in ((1, "first"), (2, "second"), (3, "second")):
+        (bundle / "hyperscale.json").write_text(json.dumps({"files": {"weights.bin": digest}}))
+        (bundle / "weights.bin").write_text(digest if steps < 3 else "an unchanged manifest vouches for these")
+        recorded = Recorded(folder, {"mlflow": {}})
+        recorded.start(start_step=steps - 1, tracking_state=state)
+        recorded.step(steps)
+        recorded.end(RunOutcome("finished", steps, 1.0, bundles={"sst2": str(bundle)}))
+        state = recorded.state()
+        client, run_id = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"), run_id_of(recorded)
+        file = client.download_artifacts(run_id, "bundles/sst2/weights.bin", str(tmp_path))
+        assert Path(file).read_text() == digest
+
+
 def test_the_next_process_sends_what_a_killed_one_did_not(tmp_path: Path) -> None:
     folder, settings = tmp_path / "run", {"mlflow": {"artifacts": False}}
     opened = Recorded(folder, settings)

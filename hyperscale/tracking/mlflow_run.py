@@ -30,6 +30,8 @@ from hyperscale.training.callbacks import RunFacts, RunOutcome
 _KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH, _BATCH, _POINTS = 250, 6000, 8000, 36, 100, 1000
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED")
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+_MANIFEST = "hyperscale.json"
+"""Of a bundle."""
 _KEY_TAG = "hyperscale.run_key"
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
@@ -113,11 +115,21 @@ class MlflowRun:
             place = f"bundles/{key_part(task)}"
             self.tag(f"hyperscale.{place}", folder)
             bundle = open_place(folder)
-            if artifacts and bundle.exists() and place not in present:
+            if artifacts and bundle.exists() and not (place in present and self._is_same(bundle, place)):
                 self._add_folder(bundle, place)
         status = _STATUS[outcome.status]
         if self._client.get_run(run_id).info.status != status:
             self._client.set_terminated(run_id, status)
+
+    def _is_same(self, bundle: Place, place: str) -> bool:
+        """Return whether MLflow has this bundle already, by its manifest, which names the digest of every file."""
+        manifest = bundle.child(_MANIFEST)
+        with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
+            try:
+                copy = self._client.download_artifacts(self.reference.run_id, f"{place}/{_MANIFEST}", scratch)
+            except (MlflowException, OSError):
+                return False
+            return Path(copy).read_bytes() == manifest.fs.cat_file(manifest.path)
 
     def _add_folder(self, folder: Place, place: str) -> None:
         if folder.is_local:
