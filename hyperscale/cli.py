@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hyperscale import commands
 from hyperscale.config.loading import packaged_recipes
-from hyperscale.errors import HyperscaleError, nearest
+from hyperscale.errors import HyperscaleError, RunStopped, nearest
 from hyperscale.logger import set_up_logging
 from hyperscale.version import __version__
 
@@ -33,15 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.command
     try:
         return command(options)
+    except RunStopped as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except HyperscaleError as error:
         if debug:
             raise
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; committed checkpoints are kept: continue a run with --resume", file=sys.stderr)
-        return 130
+        return getattr(error, "exit_code", 130)
     except BrokenPipeError:  # `hyperscale tasks | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -208,6 +211,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     verb("schema", commands.schema, "print the JSON schema of a recipe")
     verb("doctor", commands.doctor, "list what this machine has and what is missing")
+
+    stop = verb("stop", commands.stop, "let a running training save its current step and end")
+    stop.add_argument("folder", help="the run folder")
+    stop.add_argument("--no-wait", action="store_true", help="return once the run is asked to stop")
 
     track = verb("track", commands.track, "send the records that a run's trackers lack")
     track.add_argument("folder", help="the run folder")

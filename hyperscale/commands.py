@@ -4,18 +4,21 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperscale.config.loading import dump_recipe, find_recipe, load_recipe, packaged_recipes
 from hyperscale.config.sizes import parse_size
-from hyperscale.errors import ConfigError
+from hyperscale.errors import ConfigError, RunFolderError
 from hyperscale.terminal.formats import counted
 
 if TYPE_CHECKING:
     from hyperscale.config.run import Recipe
     from hyperscale.run.context import RunResult
+
+_STOP_POLL_SECONDS = 0.2
 
 
 def train(options: argparse.Namespace) -> int:
@@ -236,6 +239,20 @@ def doctor(_options: argparse.Namespace) -> int:
     from hyperscale.launch.doctor import examine
 
     return examine()
+
+
+def stop(options: argparse.Namespace) -> int:
+    """Ask a running training to save its current step and to end, and wait until it has."""
+    from hyperscale.checkpoint.stop_file import is_running, request_stop
+
+    if not is_running(options.folder):
+        raise RunFolderError(f"{options.folder}: no run writes there. Give the folder of a run that is training")
+    request_stop(options.folder, "hyperscale stop")
+    while not options.no_wait and is_running(options.folder):
+        time.sleep(_STOP_POLL_SECONDS)
+    done = "is asked to stop after its current step" if options.no_wait else "has stopped"
+    print(f"the run in {options.folder} {done}; continue it with --resume")
+    return 0
 
 
 def track(options: argparse.Namespace) -> int:

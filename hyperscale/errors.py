@@ -68,6 +68,12 @@ class BundleError(HyperscaleError):
     """A bundle cannot be written in the requested format, or cannot be read."""
 
 
+class RunStopped(HyperscaleError):  # noqa: N818 - nothing went wrong
+    """A run ended before its last step because it was asked to, after it had saved what it had. Not a failure."""
+
+    exit_code = 143
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known spelling, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

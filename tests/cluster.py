@@ -150,6 +150,30 @@ def run(
     )
 
 
+@contextmanager
+def started_run(project: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start `hyperscale train recipe.yaml ARGUMENTS` in a project, its log in `log.txt`; kill what is left of it."""
+    with (project / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            # A background job of a shell ignores Ctrl-C, and so would its children, this suite's among them.
+            ["env", "--default-signal=INT", HYPERSCALE, "train", "recipe.yaml", *arguments],
+            cwd=project,
+            env=client_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    family = psutil.Process(process.pid)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.Error):
+            for member in [*family.children(recursive=True), family]:
+                with suppress(psutil.Error):
+                    member.kill()
+        process.wait()
+
+
 def errors(stderr: str) -> list[str]:
     """Return the lines that begin with `error:`, without it."""
     return [line.removeprefix("error: ") for line in stderr.splitlines() if line.startswith("error: ")]

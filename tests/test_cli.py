@@ -34,6 +34,7 @@ VERBS = (
     "plan",
     "schema",
     "doctor",
+    "stop",
     "track",
     "completion",
 )
@@ -81,7 +82,7 @@ def test_bash_completes_commands_options_and_recipes(tmp_path: Path, capsys: pyt
     assert complete("train", "demo", "training.steps=5", "--re") == ["--resume"]
     assert complete("train", "--launcher", "") == ["local", "ray", "torchrun"]
     assert complete("train", "de") == ["demo"]
-    assert complete("train", "mi") == ["mine.yaml"]
+    assert complete("train", "mi") == ["mine.yaml", "mistral_7b"]
     assert complete("predict", "bundle", "--input", "mi") == ["mine.yaml"]
 
 
@@ -253,9 +254,10 @@ def test_ctrl_c_stops_with_one_line_and_the_run_resumes(
         finally:
             process.kill()
     assert process.returncode == 130
-    assert log.splitlines()[-1] == "stopped; committed checkpoints are kept: continue a run with --resume"
     assert "Traceback" not in log
     newest = max(int(path.name.removeprefix("step-")) for path in checkpoint.parent.glob("step-*"))
+    saved = checkpoint.with_name(f"step-{newest:06d}")
+    assert log.splitlines()[-1] == f"stopped by SIGINT after step {newest}; {saved} is saved: continue with --resume"
     more = ["--launcher", "local", "--resume", f"training.steps={newest + 2}", "training.optimizer.warmup_steps=0"]
     resumed = run(capsys, "train", "recipe.yaml", *more)
     assert resumed.code == 0, resumed.err

@@ -6,8 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from hyperscale.run.context import read_result
 from hyperscale.tracking.jsonl import METRICS_FILE, read_entries
 from hyperscale.training.callbacks import RunFacts, RunOutcome, StepRecord
-from tests.cluster import HYPERSCALE, client_environment, run, wait_for, write_project
+from tests.cluster import client_environment, run, started_run, wait_for, write_project
 
 # MLflow 3.17 under SQLAlchemy 2.1.
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
@@ -33,29 +32,6 @@ OVERRIDES = (f"training.steps={STEPS}", "training.checkpoint_every=4", "training
 @pytest.fixture
 def project(tmp_path: Path, tiny_llama_folder: Path) -> Path:
     return write_project(tmp_path / "project", tiny_llama_folder).parent
-
-
-@contextmanager
-def started(project: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start `hyperscale train` under a Ray of its own, its log in `log.txt`."""
-    with (project / "log.txt").open("ab") as log:
-        process = subprocess.Popen(
-            [HYPERSCALE, "train", "recipe.yaml", *OVERRIDES, *arguments],
-            cwd=project,
-            env=client_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    family = psutil.Process(process.pid)
-    try:
-        yield process
-    finally:
-        with suppress(psutil.Error):
-            for member in [*family.children(recursive=True), family]:
-                with suppress(psutil.Error):
-                    member.kill()
-        process.wait()
 
 
 def workers_of(driver: subprocess.Popen[bytes], folder: Path) -> dict[int, int]:
@@ -118,7 +94,7 @@ def undisturbed_run(project: Path) -> Path:
 
 def check_killed_worker(project: Path, rank: int) -> None:
     folder = project / "run"
-    with started(project) as driver:
+    with started_run(project, *OVERRIDES) as driver:
         killed = kill_in_the_middle(driver, folder, rank)
         assert driver.wait(timeout=240) == 0, (project / "log.txt").read_text()
     log = (project / "log.txt").read_text()
@@ -143,7 +119,7 @@ def test_a_checkpoint_that_cannot_be_written_for_a_while_costs_a_restart(project
     folder, log = project / "run", project / "log.txt"
     folder.mkdir()
     (folder / "checkpoints").touch()
-    with started(project, "tracking.mlflow.enabled=false", "cluster.max_failures=1") as driver:
+    with started_run(project, *OVERRIDES, "tracking.mlflow.enabled=false", "cluster.max_failures=1") as driver:
         wait_for(lambda: "restarting all workers" in log.read_text() or driver.poll() is not None)
         (folder / "checkpoints").unlink()
         assert driver.wait(timeout=240) == 0, log.read_text()
@@ -164,7 +140,7 @@ def test_a_killed_first_worker_costs_nothing_but_time(project: Path) -> None:
 @pytest.mark.long
 def test_a_killed_driver_leaves_a_run_that_resumes(project: Path) -> None:
     folder = project / "run"
-    with started(project) as driver:
+    with started_run(project, *OVERRIDES) as driver:
         wait_for((folder / "checkpoints/step-000004/COMMITTED").exists, every=0.02)
         family = psutil.Process(driver.pid).children(recursive=True)
         workers = [psutil.Process(worker) for worker in workers_of(driver, folder).values()]

@@ -28,6 +28,8 @@ class StepResult:
     tokens: int
     """Real tokens, no padding."""
     samples: int
+    is_last: bool = False
+    """Whether a rank was asked to stop, so that all ranks stop after this step."""
 
     @property
     def is_finite(self) -> bool:
@@ -47,8 +49,11 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
-        """Run one optimizer step on this rank's micro-batches; `step` counts from 0."""
+    def train_step(self, batches: Sequence[Batch], step: int, is_last: bool = False) -> StepResult:
+        """Run one optimizer step on this rank's micro-batches; `step` counts from 0.
+
+        `is_last`: this rank was asked to stop; the result tells all ranks.
+        """
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -36,8 +36,8 @@ class LocalEngine:
     def device(self) -> torch.device:
         return self.step.device
 
-    def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
-        return self.step.run(batches, step)
+    def train_step(self, batches: Sequence[Batch], step: int, is_last: bool = False) -> StepResult:
+        return self.step.run(batches, step, is_last)
 
     def evaluating(self) -> AbstractContextManager[None]:
         return evaluation_mode(self.model.backbone)

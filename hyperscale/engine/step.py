@@ -40,15 +40,16 @@ class TrainingStep:
     num_tasks: int
     seed: int
 
-    def run(self, batches: Sequence[Batch], step: int) -> StepResult:
+    def run(self, batches: Sequence[Batch], step: int, is_last: bool = False) -> StepResult:
         """Run this rank's micro-batches and update the generator; every rank must call this.
 
         A step whose loss or gradient norm is NaN or infinite changes nothing. Both are sums over all ranks, so that
-        every rank decides alike.
+        every rank decides alike. Of `is_last` they decide alike in the same way.
         """
         tasks = torch.unique(torch.cat([batch.task_index for batch in batches]))
         generation = self.model.generation(tasks.to(self.device))
         totals = _Totals.zeros(self.num_tasks, self.device)
+        totals.counts[-1] = is_last
         for number, batch in enumerate(batches):
             torch.manual_seed(_mixed_seed(self.seed, step, number, self.collective.rank))
             slots = torch.searchsorted(tasks, batch.task_index).to(self.device)
@@ -109,14 +110,14 @@ class _Totals:
     flat: Tensor
     """Losses per task; then the weight and the objective of them all."""
     counts: Tensor
-    """Label tokens per task; then samples and tokens."""
+    """Label tokens per task; then samples, tokens, and the ranks that were asked to stop."""
     num_tasks: int
 
     @staticmethod
     def zeros(num_tasks: int, device: torch.device) -> "_Totals":
         return _Totals(
             torch.zeros(num_tasks + 2, device=device),
-            torch.zeros(num_tasks + 2, dtype=torch.float64, device=device),
+            torch.zeros(num_tasks + 3, dtype=torch.float64, device=device),
             num_tasks,
         )
 
@@ -131,14 +132,14 @@ class _Totals:
         self.flat[-1] += objective
         ones = torch.ones_like(losses, dtype=self.counts.dtype)
         self.counts[: self.num_tasks].index_add_(0, token_tasks, ones)
-        self.counts[-2] += len(batch.task_index)
-        self.counts[-1] += batch.num_tokens
+        self.counts[-3] += len(batch.task_index)
+        self.counts[-2] += batch.num_tokens
 
     def result(self, loss: str, learning_rate: float, grad_norm: Tensor) -> StepResult:
         """Read everything at once: the only place of a step where the host waits for a GPU."""
         values = torch.cat([self.flat.double(), self.counts, grad_norm.double().view(1)]).tolist()
         *sums, weight, objective = values[: self.num_tasks + 2]
-        *counts, samples, tokens, norm = values[self.num_tasks + 2 :]
+        *counts, samples, tokens, stopping, norm = values[self.num_tasks + 2 :]
         normaliser = 1.0 if loss == "token_sum" else weight
         return StepResult(
             loss=objective / normaliser if normaliser else math.nan,  # a step without label tokens has no mean
@@ -147,6 +148,7 @@ class _Totals:
             grad_norm=norm,
             tokens=int(tokens),
             samples=int(samples),
+            is_last=stopping > 0,
         )
 
 

@@ -152,8 +152,8 @@ class ZeroEngine:
     def device(self) -> torch.device:
         return self.step.device
 
-    def train_step(self, batches: Sequence[Batch], step: int) -> StepResult:
-        result = self.step.run(batches, step)
+    def train_step(self, batches: Sequence[Batch], step: int, is_last: bool = False) -> StepResult:
+        result = self.step.run(batches, step, is_last)
         self._release()
         return result
 

@@ -42,6 +42,8 @@ class Answerer:
     """Rows that one rank runs at once."""
     say: Callable[[str, int, int], None]
     """Reports progress to the user: what is running, the number of the batch, and how many batches there are."""
+    check_stop: Callable[[], None] | None = None
+    """Called on every rank before every batch. It may end the answering by raising, on all ranks alike."""
 
     def __call__(self, questions: Sequence[Question], adapted: bool = True) -> list[str]:
         """Return an answer per question, the same list on every rank; `adapted=False` asks the backbone alone."""
@@ -61,7 +63,7 @@ class Answerer:
         batches = scoring_batches(encoded, tasks, self.batch_size, self._share())
         mine: dict[int, list[tuple[float, int]]] = {}
         for number, scoring in enumerate(batches, start=1):
-            self.say("scoring labels", number, len(batches))
+            self._begin_batch("scoring labels", number, len(batches))
             batch = scoring.batch
             with self._adapted(batch.task_index, adapted):
                 likelihoods = answer_log_likelihoods(
@@ -84,7 +86,7 @@ class Answerer:
         batches = prompt_batches(encoded, tasks, limits, self.batch_size, self._share())
         mine: dict[int, str] = {}
         for number, batch in enumerate(batches, start=1):
-            self.say("generating answers", number, len(batches))
+            self._begin_batch("generating answers", number, len(batches))
             with self._adapted(batch.task_index, adapted):
                 tokens = greedy_decode(
                     self.model,
@@ -99,6 +101,11 @@ class Answerer:
                     mine[row] = self.tokenizers[tasks[row]].decode(new)
         merged = {row: text for ranks in self.collective.gather(mine) for row, text in ranks.items()}
         return [merged[row] for row in range(len(questions))]
+
+    def _begin_batch(self, text: str, number: int, count: int) -> None:
+        if self.check_stop is not None:
+            self.check_stop()
+        self.say(text, number, count)
 
     @torch.no_grad()
     def _adapted(self, task_index: Tensor, adapted: bool) -> AbstractContextManager[None]:

@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 
 from hyperscale.checkpoint.run_folder import claim
+from hyperscale.checkpoint.stop_file import clear_stop
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.engine import EngineSettings
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, ResourceError
+from hyperscale.launch.signals import stopping_on_signals
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, read_result
+from hyperscale.run.stopping import StopRequest
 from hyperscale.run.worker import train_worker
 from hyperscale.terminal.display import ProgressDisplay
 
@@ -36,15 +39,18 @@ def train_in_process(recipe: Recipe, resume: bool) -> RunResult:
 
     Raises:
         ConfigError: the recipe asks for several workers.
+        RunStopped: SIGINT, SIGTERM or `hyperscale stop` ended the run early.
     """
     require_one_worker(recipe.cluster)
     with ExitStack() as stack:
+        stop = StopRequest()
+        stack.enter_context(stopping_on_signals(stop.answer_signal))
         stack.enter_context(claim(recipe.output, resume))
+        clear_stop(recipe.output)
         display = stack.enter_context(ProgressDisplay(recipe.tracking.progress))
         stack.enter_context(process_group(recipe.engine, recipe.cluster))
-        result = train_worker(
-            recipe, WorkerContext(0, 1, 0, "local", display.consume, RunIdentity.of(recipe.name, recipe.output))
-        )
+        identity = RunIdentity.of(recipe.name, recipe.output)
+        result = train_worker(recipe, WorkerContext(0, 1, 0, "local", display.consume, identity, stop))
     assert result is not None, "rank 0 returns the result"
     return result
 

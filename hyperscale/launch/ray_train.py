@@ -7,8 +7,9 @@ for a 2 s poll and can be lost with a killed worker. A restarted group continues
 import logging
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,15 +20,17 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hyperscale.checkpoint.run_folder import claim
+from hyperscale.checkpoint.stop_file import clear_stop
 from hyperscale.config.loading import dump_recipe, parse_recipe
 from hyperscale.config.run import Recipe
-from hyperscale.errors import HyperscaleError, ResourceError, RunFolderError
+from hyperscale.errors import HyperscaleError, ResourceError, RunFolderError, RunStopped
 from hyperscale.launch.ray_cluster import check_capacity, check_shared_folder, join_cluster, wait_for_resources
 from hyperscale.launch.resources import ephemeral_output_problem, required_resources
+from hyperscale.launch.signals import ask_to_stop, stopping_on_signals
 from hyperscale.logger import get_logger
 from hyperscale.places import open_place
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, read_result, user_error
-from hyperscale.run.worker import record_failed_run, train_worker
+from hyperscale.run.worker import record_end_of_run, train_worker
 from hyperscale.terminal.display import ProgressDisplay
 
 _logger = get_logger(__name__)
@@ -52,7 +55,9 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
         def show_phase(text: str) -> None:
             display.consume({"event": "phase", "text": text, "done": None, "total": None})
 
+        stack.enter_context(stopping_on_signals(lambda _name: False))
         stack.enter_context(claim(recipe.output, resume))
+        clear_stop(recipe.output)
         run = RunIdentity.of(recipe.name, recipe.output)
         show_phase("starting Ray")
         stack.enter_context(join_cluster(recipe.cluster.address))
@@ -63,14 +68,37 @@ def train_on_ray(recipe: Recipe, resume: bool) -> RunResult:
         stack.enter_context(_delivery(mailbox, display))
         show_phase(f"starting {recipe.cluster.workers} workers")
         try:
-            _fit(recipe, mailbox, run)
+            with stopping_on_signals(partial(ask_to_stop, recipe.output)):  # after Ray, which sets handlers of its own
+                _in_thread(partial(_fit, recipe, mailbox, run))
+        except RunStopped:
+            raise  # rank 0 has recorded it
         except HyperscaleError as error:
-            record_failed_run(recipe.tracking, recipe.output, run, str(error))
+            record_end_of_run(recipe.tracking, recipe.output, run, "failed", str(error))
             raise
         except KeyboardInterrupt:
-            record_failed_run(recipe.tracking, recipe.output, run, "stopped by a signal")
+            record_end_of_run(recipe.tracking, recipe.output, run, "stopped", "ended by a signal")
             raise
     return read_result(recipe.output)
+
+
+def _in_thread(action: Callable[[], None]) -> None:
+    """Run an action in a thread and wait for it, so that signals reach this thread and not what the action waits for.
+
+    Ray Train takes SIGINT for itself where it runs in the main thread, and ends the driver without a word.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="hyperscale-workers", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

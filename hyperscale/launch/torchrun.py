@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
 from signal import Signals
@@ -19,13 +20,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from hyperscale.checkpoint.run_folder import claim
+from hyperscale.checkpoint.stop_file import clear_stop
 from hyperscale.config.cluster import ClusterSettings
 from hyperscale.config.engine import EngineSettings
 from hyperscale.config.loading import dump_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.errors import ConfigError, HyperscaleError, ResourceError
+from hyperscale.launch.signals import ask_to_stop, stopping_on_signals
 from hyperscale.logger import get_logger
 from hyperscale.run.context import RunIdentity, RunResult, WorkerContext, ignore, read_result, user_error
+from hyperscale.run.stopping import StopRequest
 from hyperscale.run.worker import train_worker
 from hyperscale.terminal.display import ProgressDisplay
 
@@ -55,11 +59,13 @@ def train_on_torchrun(recipe: Recipe, resume: bool) -> RunResult:
 
     Raises:
         HyperscaleError: as a worker raised it.
+        RunStopped: SIGINT, SIGTERM or `hyperscale stop` ended the run early.
         ResourceError: workers died more often than `cluster.max_failures`.
     """
     for failures in count(1):
         try:
-            _run_group(recipe, resume)
+            with stopping_on_signals(partial(ask_to_stop, recipe.output)):
+                _run_group(recipe, resume)
             return read_result(recipe.output)
         except HyperscaleError as error:
             left = recipe.cluster.max_failures - failures
@@ -76,7 +82,10 @@ def _run_group(recipe: Recipe, resume: bool) -> None:
     """Start the workers once, and wait for them."""
     verbose = _logger.isEnabledFor(logging.DEBUG)
     flags = ["--resume"] * resume + ["--debug"] * verbose
-    options = ["--standalone", f"--nproc-per-node={recipe.cluster.workers}", "-m", "hyperscale.launch.torchrun_worker"]
+    workers = f"--nproc-per-node={recipe.cluster.workers}"
+    # torchrun would answer SIGINT and SIGTERM by ending the workers. Here they save their step first.
+    signals = "--signals-to-handle=SIGHUP,SIGQUIT"
+    options = ["--standalone", workers, signals, "-m", "hyperscale.launch.torchrun_worker"]
     if not verbose:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="hyperscale-") as scratch:
@@ -134,10 +143,14 @@ def train_as_worker(recipe: Recipe, resume: bool) -> RunResult:
         consume: Callable[[dict[str, Any]], None] = ignore
         if rank == 0:
             stack.enter_context(claim(recipe.output, resume or _was_restarted()))
+            if not _was_restarted():
+                clear_stop(recipe.output)
             consume = stack.enter_context(ProgressDisplay(recipe.tracking.progress)).consume
         stack.enter_context(_process_group(recipe.engine, recipe.cluster, local_rank))
         identity = RunIdentity.of(recipe.name, recipe.output)
-        train_worker(recipe, WorkerContext(rank, world_size, local_rank, "torchrun", consume, identity))
+        stop = StopRequest()
+        stack.enter_context(stopping_on_signals(stop.answer_signal, ends_at_second=False))
+        train_worker(recipe, WorkerContext(rank, world_size, local_rank, "torchrun", consume, identity, stop))
     return read_result(recipe.output)  # rank 0 wrote it before the process group ended
 
 
@@ -184,6 +197,8 @@ def _errors_reported_to_parent(rank: int) -> Iterator[None]:
         partial.write_text(json.dumps([type(error).__name__, str(error), error.is_transient]), "utf-8")
         partial.rename(Path(folder) / str(rank))
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # a signal before the first step
+        sys.exit(130)
     except RuntimeError as error:
         # A peer is gone. The cause is how the peer ended, which torchrun learns from the kernel.
         if "onnection closed by peer" not in str(error) and "onnection reset by peer" not in str(error):

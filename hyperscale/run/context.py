@@ -9,6 +9,7 @@ from typing import Any
 
 from hyperscale.errors import HyperscaleError
 from hyperscale.places import open_place
+from hyperscale.run.stopping import StopRequest
 from hyperscale.tracking.jsonl import read_entries
 from hyperscale.tracking.provenance import git_commit
 from hyperscale.tracking.trackers import places_of_old_result
@@ -53,6 +54,7 @@ class WorkerContext:
     progress: Callable[[dict[str, Any]], None]
     """Receives progress events on rank 0; never blocks."""
     run: RunIdentity
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hyperscale.config.secrets import without_credentials
 from hyperscale.data.corpus import Corpus
 from hyperscale.data.loader import Share, TrainLoader
 from hyperscale.engine.base import Engine
+from hyperscale.errors import RunStopped
 from hyperscale.model.generators.generator import num_parameters
 from hyperscale.model.quantized.blocks import num_weights
 from hyperscale.places import open_place
@@ -23,7 +24,7 @@ from hyperscale.terminal.progress import ProgressSender
 from hyperscale.tracking.trackers import tracked_places
 from hyperscale.training.callbacks import Callback, CheckpointRecord, EvaluationRecord, RunFacts, RunOutcome, StepRecord
 from hyperscale.training.evaluation import TEST, UNTOUCHED, VALIDATION, Evaluator, majority_record
-from hyperscale.training.trainer import Trainer
+from hyperscale.training.trainer import StopTraining, Trainer
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,18 @@ class Session:
     def evaluator(self) -> Evaluator:
         training = self.recipe.training
         size = training.evaluation_batch_size or 2 * training.micro_batch_size
-        return Evaluator(self.engine, self.corpus, size, self.sender.phase)
+        return Evaluator(self.engine, self.corpus, size, self.sender.phase, self._check_stop)
+
+    def is_asked_to_stop(self) -> bool:
+        """Return whether this rank was asked to stop; rank 0 also looks into the run folder."""
+        stop = self.context.stop
+        if self.is_first and stop.can_save:
+            stop.look_into(self.recipe.output)
+        return stop.reason is not None
+
+    def _check_stop(self) -> None:
+        if self.engine.collective.anyone(self.is_asked_to_stop()):
+            raise StopTraining
 
 
 class LastStep:
@@ -100,7 +112,29 @@ class TrainingRun:
         return self._last_step.step
 
     def train(self) -> None:
-        """Score the untouched backbone once, run the remaining steps, and score the test splits if enabled."""
+        """Score the untouched backbone once, run the remaining steps, and score the test splits if enabled.
+
+        Raises:
+            RunStopped: the run was asked to stop; the same message on every rank.
+        """
+        stop = self.session.context.stop
+        stop.can_save = True
+        try:
+            self._train()
+        except StopTraining:
+            raise self._stopped() from None
+        finally:
+            stop.can_save = False
+
+    def _stopped(self) -> RunStopped:
+        collective, store = self.session.engine.collective, self.session.store
+        stop = self.session.context.stop
+        stop.reason = next(filter(None, collective.gather(stop.reason)))
+        step, newest = collective.from_first((self.last_step, store.latest() if self.session.is_first else None))
+        kept = f"{newest} is saved: continue with --resume" if newest else "nothing was trained yet"
+        return RunStopped(f"stopped by {stop.reason} after step {step}; {kept}")
+
+    def _train(self) -> None:
         recipe = self.session.recipe
         if self.session.is_first:
             place = open_place(recipe.output).child(RECIPE)
@@ -116,6 +150,7 @@ class TrainingRun:
             task_names=self.session.corpus.names,
             callbacks=self.callbacks,
             evaluate=lambda step: self._evaluate(step, VALIDATION),
+            is_asked_to_stop=self.session.is_asked_to_stop,
             is_scored=lambda step: any((r.step, r.stage) == (step, VALIDATION) for r in self.evaluations),
             save=self.save,
         )
@@ -213,7 +248,7 @@ def notifying_listeners(run: TrainingRun) -> Iterator[list[RunOutcome]]:
             callback.on_run_start(run.facts())
         yield outcome
     except BaseException as error:
-        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        status = "stopped" if isinstance(error, KeyboardInterrupt | RunStopped) else "failed"
         message = str(without_credentials(str(error)))
         outcome = [RunOutcome(status, run.last_step, time.monotonic() - start, message=message[:500])]
         raise

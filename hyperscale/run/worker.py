@@ -6,7 +6,8 @@ Engine and trackers are imported only when a recipe names them, so a machine nee
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from hyperscale.engine.host_memory import keep_freed_memory
 from hyperscale.engine.local import LocalEngine
 from hyperscale.engine.optimizer import GeneratorOptimizer
 from hyperscale.engine.step import TrainingStep
-from hyperscale.errors import EngineError
+from hyperscale.errors import EngineError, RunStopped
 from hyperscale.export.exporter import export_bundles, restore_generator
 from hyperscale.export.remote import put_bundle
 from hyperscale.logger import get_logger, set_up_logging
@@ -63,17 +64,30 @@ def train_worker(recipe: Recipe, context: WorkerContext) -> RunResult | None:
 
     Returns:
         The result on rank 0, which is also written to the run folder; None elsewhere.
+
+    Raises:
+        RunStopped: `context.stop` was asked for; the step that was running is saved.
     """
     start = time.monotonic()
     session = _open_session(recipe, context)
     checkpoint = _newest_checkpoint(session)
     origins = begin_from_known_tasks(session) if checkpoint is None and recipe.start else ()
     run = TrainingRun(session, checkpoint, _listeners(session) if session.is_first else (), origins)
-    with notifying_listeners(run) as outcome:
+    with _leaving_together(session), notifying_listeners(run) as outcome:
         run.train()
         bundles = _export(session) if recipe.export.enabled else {}
         outcome.append(RunOutcome("finished", recipe.training.steps, time.monotonic() - start, bundles=bundles))
     return run.result(time.monotonic() - start, bundles) if session.is_first else None
+
+
+@contextmanager
+def _leaving_together(session: Session) -> Iterator[None]:
+    """Keep the ranks of a stopped run until rank 0 has notified its listeners: launchers end those that are left."""
+    try:
+        yield
+    except RunStopped:
+        session.engine.collective.barrier()
+        raise
 
 
 def evaluate_worker(
@@ -222,9 +236,12 @@ def _newest_checkpoint(session: Session) -> Checkpoint | None:
     return checkpoint
 
 
-def record_failed_run(tracking: TrackingSettings, output: str, run: RunIdentity, message: str) -> None:
-    """Record a failed run whose rank 0 could not record it; the driver calls this."""
-    outcome = RunOutcome("failed", _last_step(output), 0.0, message=message[:500])
+def record_end_of_run(tracking: TrackingSettings, output: str, run: RunIdentity, status: str, message: str) -> None:
+    """Record the end of a run whose rank 0 could not record it; the driver calls this.
+
+    `status`: `failed` or `stopped`.
+    """
+    outcome = RunOutcome(status, _last_step(output), 0.0, message=message[:500])
     record_end(tracking, str(open_place(output).parent), run.key, outcome)
 
 

@@ -81,7 +81,7 @@ class ProgressDisplay:
                 return evaluation_line(now, event["stage"])
             case "checkpoint" if now.checkpoint_step != before.checkpoint_step:  # scored ones come twice
                 return f"checkpoint of step {now.checkpoint_step}"
-            case "end":
+            case "end" if event["status"] != "stopped":  # the command's last line says it
                 return f"{now.outcome} at step {now.step} after {duration(event['seconds'])}"
         return ""
 

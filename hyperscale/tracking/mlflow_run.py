@@ -129,7 +129,8 @@ class MlflowRun:
                 copy = self._client.download_artifacts(self.reference.run_id, f"{place}/{_MANIFEST}", scratch)
             except (MlflowException, OSError):
                 return False
-            return Path(copy).read_bytes() == manifest.fs.cat_file(manifest.path)
+            own: bytes = manifest.fs.cat_file(manifest.path)
+            return Path(copy).read_bytes() == own
 
     def _add_folder(self, folder: Place, place: str) -> None:
         if folder.is_local:

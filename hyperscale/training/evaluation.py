@@ -36,6 +36,8 @@ class Evaluator:
     """Rows that one rank runs at once."""
     say: Callable[[str, int, int], None]
     """Reports progress to the user: what is running, how much is done, and how much there is."""
+    check_stop: Callable[[], None] | None = None
+    """Called on every rank before every batch. It may end the evaluation by raising, on all ranks alike."""
 
     def __call__(self, step: int, stage: str = VALIDATION) -> Evaluation:
         """Score all tasks with their adapters, or the backbone alone where `stage` is `untouched`.
@@ -52,6 +54,7 @@ class Evaluator:
             self.corpus.layout,
             self.batch_size,
             lambda text, done, total: self.say(f"{stage} scores: {text}", done, total),
+            self.check_stop,
         )
         questions = [
             Question(index, encoded, example.candidates)

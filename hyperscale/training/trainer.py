@@ -14,6 +14,10 @@ from hyperscale.training.throughput import Throughput
 _logger = get_logger(__name__)
 
 
+class StopTraining(Exception):  # noqa: N818 - not an error: it ends the loop on all ranks alike
+    """The run was asked to stop. What it had is saved."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Runs a recipe's steps; every rank runs the same loop."""
@@ -30,6 +34,8 @@ class Trainer:
     """Whether this step has already been evaluated, in this run or in the run that it continues."""
     save: Callable[[int], None]
     """Called on every rank with the number of steps done. A second call for a step writes no weights again."""
+    is_asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether this rank was asked to stop; the ranks decide together in the next step."""
 
     def run(self, start_step: int) -> None:
         """Step from `start_step` (steps already done) to the end; evaluates and saves at the end in any case.
@@ -39,7 +45,11 @@ class Trainer:
         While steps are skipped, only the last step is saved: the update before them may have ruined the generator, and
         a new checkpoint would remove one from before it.
 
+        A request to stop ends the loop after the step that is running, or after the batch of the evaluation. The
+        step is saved; what an evaluation had is not, and a continued run evaluates again.
+
         Raises:
+            StopTraining: the run was asked to stop.
             EngineError: more than `max_skipped_steps` steps in a row had a loss or gradient norm that is not finite.
         """
         if start_step and self._is_due(start_step, self.settings.evaluate_every) and not self.is_scored(start_step):
@@ -49,7 +59,7 @@ class Trainer:
         for step in range(start_step, self.settings.steps):
             batches = self.loader.next_step()
             throughput.start_step()
-            result = self.engine.train_step(batches, step)
+            result = self.engine.train_step(batches, step, self.is_asked_to_stop())
             seconds = throughput.end_step(result.tokens)
             done = step + 1
             skips.count(done, result, [self.task_names[task] for task in result.task_losses])
@@ -60,13 +70,25 @@ class Trainer:
             saves = self._is_due(done, self.settings.checkpoint_every) and (
                 not skips.in_a_row or done == self.settings.steps
             )
+            if result.is_last:
+                if not skips.in_a_row:
+                    self.save(done)
+                raise StopTraining
             if saves:
                 self.save(done)
                 skips.saved_step = done
             if self._is_due(done, self.settings.evaluate_every):
-                self.evaluate(done)
+                self._evaluate(done, skips)
                 if saves:
                     self.save(done)
+
+    def _evaluate(self, done: int, skips: "_Skips") -> None:
+        try:
+            self.evaluate(done)
+        except StopTraining:
+            if not skips.in_a_row:
+                self.save(done)
+            raise
 
     def _record(
         self, done: int, result: StepResult, seconds: float, throughput: Throughput, skipped_steps: int
