@@ -84,6 +84,8 @@ def succeed(*arguments: object, environment: dict[str, str], folder: Path) -> st
 
 def test_train_plan_export_and_predict(tmp_path: Path, seed_oss: Path, environment: dict[str, str]):
     recipe = write_recipe(tmp_path, seed_oss)
+    with (tmp_path / "tasks/past.yaml").open("a") as task:
+        task.write("metrics: [exact_match, length_ratio]\n")
     place = {"environment": environment, "folder": tmp_path}
     assert "generated weights" in succeed("plan", recipe, **place)
     steps = tmp_path / "steps.csv"
