@@ -78,9 +78,12 @@ def logits(adapted: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
     return adapted.backbone(**batch, use_cache=False).logits
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_step_0_is_exactly_the_untouched_backbone(family: str, folder: Path, dtype: str):
-    adapted = model(folder, family, "lora", "conditional norm", "ia3", "norm_delta", dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "nf4")]
+)
+def test_step_0_is_exactly_the_untouched_backbone(family: str, folder: Path, dtype: str, quantization: str):
+    kinds = ("lora", "conditional norm", "ia3", "norm_delta")
+    adapted = model(folder, family, *kinds, dtype=dtype, quantization=quantization)
     batch, tasks = questions(adapted), torch.tensor([0, 2, 2, 0])
     untouched = logits(adapted, batch)
     with adapted.adapting(tasks):
