@@ -82,10 +82,10 @@ def tiny_llama(folder: Path, **changes: object) -> Path:
     Returns:
         `folder`. Its logits are of order 1.
     """
-    return _save(LlamaForCausalLM, LlamaConfig(**(_llama_sizes(folder) | changes)), folder)
+    return _save(LlamaForCausalLM, LlamaConfig(**(llama_sizes(folder) | changes)), folder)
 
 
-def _llama_sizes(folder: Path) -> dict[str, object]:
+def llama_sizes(folder: Path) -> dict[str, object]:
     """Save a tokenizer, and return the fields of a configuration that go with it."""
     tokenizer = _byte_level_bpe()
     tokenizer.save_pretrained(folder)
@@ -190,7 +190,7 @@ def tiny_family(folder: Path, model_type: str, **changes: object) -> Path:
     The weights of its norms and its biases are random too.
     """
     row = architecture_of(model_type)
-    sizes = _t5_sizes(folder) if row.is_encoder_decoder else _llama_sizes(folder)
+    sizes = _t5_sizes(folder) if row.is_encoder_decoder else llama_sizes(folder)
     fields = {**sizes, **FAMILIES.get(model_type, {}), **changes}
     if row.is_encoder_decoder:
         AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # only T5's own is read from spiece.model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperscale.engine.collective import Collective
-from hyperscale.engine.slices import SliceReader, StoredTensor
+from hyperscale.engine.slices import JoinedTensor, SliceReader, StoredTensor
 from hyperscale.model.quantized import codes, int8
 from hyperscale.model.quantized.codes import BLOCK, GROUP, FourBitKind
 
@@ -40,7 +40,7 @@ class Source(Protocol):
 class PlainSource:
     """A tensor as it is in its file, in the dtype of the shard."""
 
-    stored: StoredTensor
+    stored: StoredTensor | JoinedTensor
 
     def fill(self, share: Tensor, start: int, reader: SliceReader, dtype: torch.dtype) -> None:
         reader.read_into(share, self.stored, start)

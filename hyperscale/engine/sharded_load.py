@@ -24,7 +24,7 @@ from hyperscale.engine.shard_sources import (
     Source,
 )
 from hyperscale.engine.shared_shards import ShardFile
-from hyperscale.engine.slices import StoredTensor, index_tensors, slice_reader
+from hyperscale.engine.slices import JoinedTensor, StoredTensor, index_tensors, join_tensors, slice_reader
 from hyperscale.errors import BackboneError
 from hyperscale.model.backbone import BackboneFolder
 from hyperscale.model.quantized import four_bits
@@ -52,7 +52,7 @@ def load_sharded(
         BackboneError: a tensor is missing or has another shape; named with its file. Or a shard does not hold what its
             file does.
     """
-    stored = index_tensors(folder.files)
+    stored = index_tensors(folder.files, folder.is_used)
     sources = _sources(backbone, stored, folder, TorchCollective(device))
     partitioner = Init(config_dict_or_path=dict(ds_config), enabled=False)
     keeps_second_shards = int(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1)) > 1
@@ -110,7 +110,7 @@ def _sources(
             sources.append((names, PlainSource(_find(names, tuple(parameter.shape), stored, folder))))
             continue
         weights = [f"{name.rpartition('.')[0]}.weight" for name in names]
-        weight = _find(weights, (layer.out_features, layer.in_features), stored, folder)
+        weight = _find_one(weights, (layer.out_features, layer.in_features), stored, folder)
         if isinstance(layer, Int8Linear):
             sources.append((names, Int8Source(weight, wants_scales=key == SCALE)))
         else:
@@ -131,18 +131,32 @@ def _four_bit_source(key: str, tensor: FourBitTensor) -> Source:
 
 def _find(
     names: list[str], shape: tuple[int, ...], stored: Mapping[str, StoredTensor], folder: BackboneFolder
+) -> StoredTensor | JoinedTensor:
+    pieces = _stored_as(names, folder)
+    if len(pieces) > 1:
+        return join_tensors([stored[piece] for piece in pieces], shape)
+    return _find_one(names, shape, stored, folder)
+
+
+def _find_one(
+    names: list[str], shape: tuple[int, ...], stored: Mapping[str, StoredTensor], folder: BackboneFolder
 ) -> StoredTensor:
-    name = next((name for name in names if name in stored), None)
-    if name is None:
-        raise BackboneError(
-            f"backbone.name: no file of {folder.path} holds the tensor '{names[0]}'; the checkpoint is incomplete"
-        )
+    (name,) = _stored_as(names, folder)
     if stored[name].shape != shape:
         raise BackboneError(
             f"backbone.name: tensor '{name}' in {stored[name].file} has shape {list(stored[name].shape)}, "
             f"but config.json makes it {list(shape)}"
         )
     return stored[name]
+
+
+def _stored_as(names: list[str], folder: BackboneFolder) -> tuple[str, ...]:
+    pieces = next(filter(None, map(folder.stored_as, names)), None)
+    if pieces is None:
+        raise BackboneError(
+            f"backbone.name: no file of {folder.path} holds the tensor '{names[0]}'; the checkpoint is incomplete"
+        )
+    return pieces
 
 
 def _partition_empty(partitioner: Init, backbone: nn.Module, names: list[str], device: torch.device) -> nn.Parameter:

@@ -7,7 +7,7 @@ The format: 8 bytes of header length, a JSON header of name -> dtype, shape, [be
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +33,19 @@ class StoredTensor:
     """First byte in the file."""
 
 
-def index_tensors(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """List all tensors of a checkpoint's files.
+def index_tensors(files: Sequence[Path], keep: Callable[[str], bool] = lambda _name: True) -> dict[str, StoredTensor]:
+    """List the tensors of a checkpoint's files for whose names `keep` is true.
 
     Raises:
         BackboneError: a file is not a safetensors file, is truncated, or holds a dtype that a backbone cannot have.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors.update(_index_file(file))
+        tensors.update(_index_file(file, keep))
     return tensors
 
 
-def _index_file(file: Path) -> dict[str, StoredTensor]:
+def _index_file(file: Path, keep: Callable[[str], bool]) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -55,7 +55,7 @@ def _index_file(file: Path) -> dict[str, StoredTensor]:
             )
         header = stream.read(length)
     try:
-        table = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        table = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__" and keep(name)}
         return {name: _stored(file, name, entry, 8 + length, size) for name, entry in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackboneError(f"{file} is not a safetensors file: its header is invalid ({error})") from error
@@ -78,18 +78,46 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], data: int, size: in
     return stored
 
 
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Equal matrices of a checkpoint that are one parameter, one after the other, as the experts of a block are."""
+
+    pieces: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+    """Of the parameter."""
+
+
+def join_tensors(pieces: Sequence[StoredTensor], shape: tuple[int, ...]) -> JoinedTensor:
+    """Return the pieces as one parameter [E, N, D] of equal matrices [E N / pieces, D].
+
+    Raises:
+        BackboneError: they do not make a parameter of this shape.
+    """
+    rows = math.prod(shape[:-1]) // len(pieces)
+    for piece in pieces:
+        if piece.shape != (rows, shape[-1]) or rows * len(pieces) != math.prod(shape[:-1]):
+            raise BackboneError(
+                f"{piece.file} holds {len(pieces)} matrices of experts, one of {list(piece.shape)}, which do not make "
+                f"the {list(shape)} of config.json; the checkpoint is incomplete"
+            )
+    return JoinedTensor(tuple(pieces), shape)
+
+
 class SliceReader:
     """Reads flat element ranges; keeps the files open."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
 
-    def read_into(self, target: Tensor, stored: StoredTensor, start: int) -> None:
+    def read_into(self, target: Tensor, stored: StoredTensor | JoinedTensor, start: int) -> None:
         """Fill the 1-D `target` with the stored tensor's flat elements from `start` on.
 
         They are converted to the target's dtype and device. Elements past the tensor's end (the padding of a last
         shard) are left as they are.
         """
+        if isinstance(stored, JoinedTensor):
+            self._read_pieces(target, stored.pieces, start)
+            return
         total = math.prod(stored.shape)
         num_elements = max(0, min(target.numel(), total - start))
         width = stored.dtype.itemsize
@@ -97,6 +125,12 @@ class SliceReader:
             count = min(num_elements - done, _CHUNK_BYTES // width)
             data = self._pread(stored.file, count * width, stored.offset + (start + done) * width)
             target[done : done + count].copy_(torch.frombuffer(data, dtype=stored.dtype))
+
+    def _read_pieces(self, target: Tensor, pieces: Sequence[StoredTensor], start: int) -> None:
+        each = math.prod(pieces[0].shape)
+        for number in range(start // each, min(len(pieces), -(-(start + target.numel()) // each))):
+            first, last = max(start, number * each), min(start + target.numel(), (number + 1) * each)
+            self.read_into(target[first - start : last - start], pieces[number], first - number * each)
 
     def _pread(self, file: Path, count: int, offset: int) -> bytearray:
         if file not in self._open:

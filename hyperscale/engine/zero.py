@@ -31,6 +31,7 @@ from hyperscale.engine.deepspeed_names import (
     remove_hooks,
 )
 from hyperscale.engine.ds_config import complete_ds_config, read_ds_config
+from hyperscale.engine.frozen_experts import forget_expert_weights
 from hyperscale.engine.frozen_linear import forget_linear_inputs
 from hyperscale.engine.host_memory import map_large_tensors, return_freed_memory
 from hyperscale.engine.prefetch import prefetch_whole_parts
@@ -79,6 +80,8 @@ def shard_backbone(
     if raw.get("zero_optimization", {}).get("stage3_prefetch_bucket_size", "auto") == "auto":
         prefetch_whole_parts(deepspeed_engine)
     forget_linear_inputs(backbone)
+    if not engine.activation_checkpointing:
+        forget_expert_weights(backbone, folder.architecture)
     if file is not None:
         share_shards(backbone, file, TorchCollective(device))
     return backbone, deepspeed_engine

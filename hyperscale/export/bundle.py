@@ -35,6 +35,8 @@ class BundleBackbone(Section):
     dtype: Literal["bfloat16", "float32"]
     quantization: Quantization = "none"
     model_type: str
+    multimodal: str | None = None
+    """`model_type` of the multimodal checkpoint whose text model this is; None of a checkpoint of text alone."""
 
 
 class BundleManifest(Section):

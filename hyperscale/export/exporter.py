@@ -21,11 +21,13 @@ from hyperscale.export.bundle import BundleBackbone, BundleManifest, write_manif
 from hyperscale.export.native_format import write_native
 from hyperscale.export.peft_format import peft_limitation, require_peft_support, write_peft
 from hyperscale.export.replacement import whole_folder
+from hyperscale.export.server_names import served_family, served_sites
 from hyperscale.logger import get_logger
 from hyperscale.model.adapters.kinds import ALL
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.backbone import DTYPES
 from hyperscale.model.build import Blueprint
+from hyperscale.model.families.multimodal import Multimodal, multimodal_of
 from hyperscale.model.generators.registry import stored_features
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
@@ -52,7 +54,7 @@ class TrainedGenerator:
     generator: nn.Module
     tasks: tuple[Task, ...]
     backbone: dict[str, Any]
-    """`name`, `path`, `digest`, `model_type` as the checkpoint's manifest has them."""
+    """`name`, `path`, `digest`, `model_type`, `multimodal` as the checkpoint's manifest has them."""
     step: int
     origins: tuple[TaskOrigin | None, ...]
     """For each task, the earlier run that trained its weights, or None if this run did."""
@@ -66,6 +68,11 @@ class TrainedGenerator:
     @property
     def architecture(self) -> Architecture:
         return architecture_of(self.backbone["model_type"])
+
+    @property
+    def multimodal(self) -> Multimodal | None:
+        """The checkpoint around the backbone, if the backbone is its text model."""
+        return multimodal_of(self.backbone.get("multimodal"))
 
     @torch.no_grad()
     def weights_of(self, task: int) -> Weights:
@@ -127,10 +134,11 @@ def export_bundles(
 
 
 def _choose_format(requested: str, trained: TrainedGenerator) -> str:
+    served = served_family(trained.architecture, trained.multimodal)
     if requested == "auto":
-        return "native" if peft_limitation(trained.site_map, trained.architecture) else "peft"
+        return "native" if peft_limitation(trained.site_map, served) else "peft"
     if requested == "peft":
-        require_peft_support(trained.site_map, trained.architecture)
+        require_peft_support(trained.site_map, served)
     return requested
 
 
@@ -147,7 +155,9 @@ def _fill(trained: TrainedGenerator, index: int, folder: Path, format: str) -> N
         base = trained.backbone["path"] if trained.backbone["is_local"] else trained.backbone["name"]
         revision = None if trained.backbone["is_local"] else recipe.backbone.revision
         adapters = recipe.adaptation.adapters
-        write_peft(folder, weights, trained.site_map, trained.architecture, base, dtype, adapters, revision)
+        sites = served_sites(trained.site_map, trained.multimodal)
+        served = served_family(trained.architecture, trained.multimodal)
+        write_peft(folder, weights, sites, served, base, dtype, adapters, revision)
     else:
         write_native(folder, weights, dtype)
     (folder / "recipe.yaml").write_text(render_recipe(recipe_without_destinations(recipe)), encoding="utf-8")
@@ -167,6 +177,7 @@ def _manifest(trained: TrainedGenerator, index: int, format: Any) -> BundleManif
             dtype=recipe.backbone.dtype,
             quantization=recipe.backbone.quantization,
             model_type=trained.backbone["model_type"],
+            multimodal=trained.backbone.get("multimodal"),
         ),
         adapters=tuple(_with_names(adapter, trained.site_map) for adapter in recipe.adaptation.adapters),
         sites=tuple(trained.site_map.to_json()),

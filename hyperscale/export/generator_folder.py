@@ -44,6 +44,8 @@ class SavedBackbone(BackboneName):
     digest: str
     """sha256 of its weights."""
     model_type: str
+    multimodal: str | None = None
+    """`model_type` of the multimodal checkpoint whose text model this is; None of a checkpoint of text alone."""
     dtype: Literal["bfloat16", "float32"]
     quantization: Quantization
 
@@ -136,6 +138,7 @@ def read_generator(folder: Path) -> TrainedGenerator:
                 "is_local": backbone.kind != "hub",
                 "digest": backbone.digest,
                 "model_type": backbone.model_type,
+                "multimodal": backbone.multimodal,
                 "quantization": backbone.quantization,
                 "revision": backbone.revision,
             },
@@ -161,6 +164,7 @@ def _fill(trained: TrainedGenerator, folder: Path, licence: str) -> None:
             **name.model_dump(),
             digest=backbone["digest"],
             model_type=backbone["model_type"],
+            multimodal=backbone.get("multimodal"),
             dtype=recipe.backbone.dtype,
             quantization=recipe.backbone.quantization,
         ),

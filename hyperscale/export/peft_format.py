@@ -20,7 +20,7 @@ from hyperscale.config.extensions import peft_method_of
 from hyperscale.errors import BundleError
 from hyperscale.model.adapters.ia3 import INNER
 from hyperscale.model.adapters.vera import Vera
-from hyperscale.model.architectures import Architecture
+from hyperscale.model.architectures import Architecture, Stack
 from hyperscale.model.sites import Site, SiteMap
 from hyperscale.model.weights import Weights
 
@@ -48,6 +48,8 @@ def peft_limitation(site_map: SiteMap, architecture: Architecture) -> str | None
         return f"{' and '.join(kinds)} adapters together: one PEFT folder is one method"
     if kinds == ["ia3"] and len({site.name for site in site_map.sites}) < len(site_map.sites):
         return "ia3 adapters on both sides of one layer: PEFT has one vector for each"
+    if kinds == ["prefix"] and architecture.is_part:
+        return "prefix adapters of a multimodal checkpoint: PEFT takes the heads and layers from its own configuration"
     if kinds == ["prefix"] and architecture.is_encoder_decoder:
         return "prefix adapters of an encoder-decoder: PEFT gives its layers each other's prefixes"
     if kinds == ["prefix"] and architecture.may_slide:
@@ -114,9 +116,12 @@ def read_peft(
 def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] | str:
     """Return leaf names where they match only the sites' layers, else a regular expression of full names.
 
-    T5's self- and cross-attention share leaf names: adapting q of one only needs the expression.
+    T5's self- and cross-attention share leaf names: adapting q of one only needs the expression. So does the text model
+    of a multimodal checkpoint, whose vision tower has layers of the same leaf names.
     """
     names = {site.name for site in site_map.sites}
+    if architecture.is_part:
+        return "|".join(_pattern(stack, names) for stack in architecture.stacks)
     leaves = sorted({_leaf(name) for name in names})
     for stack in architecture.stacks:
         for path in stack.projections.values():
@@ -124,6 +129,13 @@ def target_modules(site_map: SiteMap, architecture: Architecture) -> list[str] |
             if _leaf(path) in leaves and not is_site and _shares_module(path, stack.blocks, names):
                 return "|".join(re.escape(name) for name in sorted(names))
     return leaves
+
+
+def _pattern(stack: Stack, names: set[str]) -> str:
+    """Return a regular expression of the full names of a stack's sites in all blocks."""
+    blocks = f"{re.escape(stack.blocks)}[.][0-9]+[.]"
+    paths = sorted({re.sub(f"^{blocks}", "", name) for name in names if name.startswith(f"{stack.blocks}.")})
+    return f"{blocks}({'|'.join(map(re.escape, paths))})"
 
 
 def _leaf(name: str) -> str:

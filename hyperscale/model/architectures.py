@@ -2,12 +2,12 @@
 
 from hyperscale.config.plugins import Registry
 from hyperscale.errors import BackboneError, nearest
-from hyperscale.model.families import gemma, llama, olmo, phi, t5
+from hyperscale.model.families import gemma, llama, mixture, olmo, phi, t5
 from hyperscale.model.families.table import Architecture, Stack
 
 __all__ = ["ARCHITECTURES", "Architecture", "Stack", "architecture_of", "register_family"]
 
-_PACKAGED = (*llama.ROWS, *gemma.ROWS, *olmo.ROWS, *phi.ROWS, *t5.ROWS)
+_PACKAGED = (*llama.ROWS, *gemma.ROWS, *olmo.ROWS, *phi.ROWS, *mixture.ROWS, *t5.ROWS)
 ARCHITECTURES: Registry[Architecture] = Registry(
     "backbone family", "hyperscale.families", {row.model_type: row for row in _PACKAGED}
 )

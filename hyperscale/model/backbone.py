@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -27,7 +26,10 @@ from hyperscale.config.backbone import BackboneSettings
 from hyperscale.errors import BackboneError, nearest
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.attention import GROUPED
+from hyperscale.model.checkpoint_files import fill_parameters, tensor_names, weight_files
+from hyperscale.model.families.multimodal import Multimodal, multimodal_of
 from hyperscale.model.quantized.blocks import quantize_blocks
+from hyperscale.model.stored_names import stored_as
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _DROPOUTS = ("dropout_rate", "attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -50,6 +52,16 @@ class BackboneFolder:
     """Its safetensors files."""
     tensor_names: frozenset[str]
     """The names of the tensors in these files."""
+    multimodal: Multimodal | None = None
+    """The checkpoint around the backbone, if the backbone is its text model."""
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """Return the names in the files of the tensors that make a parameter, in order; none if the files lack it."""
+        return stored_as(name, self.tensor_names, self.architecture, self.multimodal)
+
+    def is_used(self, stored: str) -> bool:
+        """Return whether a tensor of the files may belong to the backbone."""
+        return self.multimodal is None or self.multimodal.holds_text(stored)
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -94,8 +106,8 @@ def open_backbone(settings: BackboneSettings) -> BackboneFolder:
         raise BackboneError(
             f"backbone.name: '{settings.name}' has no config.json in {path}; give a folder saved by save_pretrained"
         )
-    architecture, config = _read_config(path / "config.json")
-    files = _weight_files(path)
+    architecture, config, multimodal = _read_config(path / "config.json")
+    files = weight_files(path)
     if not files:
         pickled = sorted(item.name for item in path.glob("*.bin"))
         contents = f"only {', '.join(pickled[:3])}, which is pickled" if pickled else "no weights"
@@ -104,7 +116,9 @@ def open_backbone(settings: BackboneSettings) -> BackboneFolder:
             f'python -c "import transformers; transformers.{architecture.model_class}'
             f".from_pretrained('{path}').save_pretrained('NEW_FOLDER')\""
         )
-    return BackboneFolder(settings.name, path, config, architecture, files, _tensor_names(files))
+    return _tied_as_stored(
+        BackboneFolder(settings.name, path, config, architecture, files, tensor_names(files), multimodal)
+    )
 
 
 def open_shapes(settings: BackboneSettings) -> BackboneFolder:
@@ -116,10 +130,20 @@ def open_shapes(settings: BackboneSettings) -> BackboneFolder:
     path = _locate(settings, patterns=["config.json"])
     if not (path / "config.json").is_file():
         raise BackboneError(f"backbone.name: '{settings.name}' has no config.json in {path}")
-    architecture, config = _read_config(path / "config.json")
+    architecture, config, multimodal = _read_config(path / "config.json")
     has_weights = bool(list(path.glob("*.safetensors")))
-    names = _tensor_names(_weight_files(path)) if has_weights else _untied_names(path, architecture)
-    return BackboneFolder(settings.name, path, config, architecture, (), names)
+    names = tensor_names(weight_files(path)) if has_weights else _untied_names(path, architecture)
+    return _tied_as_stored(BackboneFolder(settings.name, path, config, architecture, (), names, multimodal))
+
+
+def _tied_as_stored(folder: BackboneFolder) -> BackboneFolder:
+    """Tie the head of a multimodal checkpoint's text model unless the files hold one.
+
+    config.json says it of the whole model, whose class has another default than that of the text model.
+    """
+    if folder.multimodal and folder.tensor_names:
+        folder.config.tie_word_embeddings = not folder.stored_as(folder.multimodal.head)
+    return folder
 
 
 def _untied_names(path: Path, architecture: Architecture) -> frozenset[str]:
@@ -129,16 +153,35 @@ def _untied_names(path: Path, architecture: Architecture) -> frozenset[str]:
     return frozenset({"shared.weight", "lm_head.weight"} if is_untied else ())
 
 
-def _read_config(path: Path) -> tuple[Architecture, Any]:
+def _read_config(path: Path) -> tuple[Architecture, Any, Multimodal | None]:
+    """Return the family, the configuration and, where it is a part of one, the multimodal checkpoint of a backbone."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(described, dict) or "model_type" not in described:
             raise ValueError("it names no model_type")
-        architecture = architecture_of(described["model_type"])  # first, because AutoConfig's own error is long
-        return architecture, AutoConfig.from_pretrained(path.parent)
+        _check_unquantized(path, described)
+        multimodal = multimodal_of(described["model_type"])
+        if multimodal is None:
+            architecture = architecture_of(described["model_type"])  # first, because AutoConfig's own error is long
+            return architecture, AutoConfig.from_pretrained(path.parent), None
+        whole = AutoConfig.from_pretrained(path.parent)
+        config = whole.get_text_config()
+        if "tie_word_embeddings" in described:
+            config.tie_word_embeddings = whole.tie_word_embeddings
+        return architecture_of(config.model_type), config, multimodal
     except (ValueError, TypeError, OSError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise BackboneError(f"backbone.name: {path} is not a model's configuration: {reason}") from error
+
+
+def _check_unquantized(path: Path, described: Mapping[str, Any]) -> None:
+    quantized = described.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unnamed method") if isinstance(quantized, dict) else quantized
+        raise BackboneError(
+            f"backbone.name: the weights in {path.parent} are quantized already ({method}); give a checkpoint of the "
+            "same model in bf16, and set backbone.quantization to hold it in fewer bits"
+        )
 
 
 _WHOLE = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -168,37 +211,6 @@ def _locate(settings: BackboneSettings, patterns: Sequence[str] = _WHOLE) -> Pat
         ) from error
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
-    """Return the files that transformers would read: one, or those of the index."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        whole = path / "model.safetensors"
-        return (whole,) if whole.is_file() else ()
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackboneError(f"backbone.name: {index} is damaged; fetch it again") from error
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        raise BackboneError(
-            f"backbone.name: {path} lacks {missing[0]} ({len(missing)} of {len(names)} files are missing); fetch them"
-        )
-    return tuple(path / name for name in names)
-
-
-def _tensor_names(files: tuple[Path, ...]) -> frozenset[str]:
-    names: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names.update(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise BackboneError(
-                f"backbone.name: {file} is not a safetensors file or is truncated ({error}); fetch it again"
-            ) from error
-    return frozenset(names)
-
-
 def prepare_config(folder: BackboneFolder, settings: BackboneSettings) -> Any:
     """Return a copy of the backbone's configuration with the recipe's dropout and attention.
 
@@ -225,12 +237,16 @@ def prepare_config(folder: BackboneFolder, settings: BackboneSettings) -> Any:
 
 def build_empty(folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
     """Build the frozen model without any weights: parameters on the meta device, buffers real."""
+    return _freeze(_build_unfilled(folder, settings), folder, settings)
+
+
+def _build_unfilled(folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
     config = prepare_config(folder, settings)
     with _parameters_on_meta():
-        model = folder.model_class._from_config(config, dtype=DTYPES[settings.dtype])
+        model: PreTrainedModel = folder.model_class._from_config(config, dtype=DTYPES[settings.dtype])
     model.tie_weights()
     _untie_stored_head(model, folder)
-    return _freeze(model, folder, settings)
+    return model
 
 
 def _untie_stored_head(model: PreTrainedModel, folder: BackboneFolder) -> None:
@@ -242,12 +258,16 @@ def _untie_stored_head(model: PreTrainedModel, folder: BackboneFolder) -> None:
     head: Any = model.get_output_embeddings()
     tied = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight}
     of_head = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    if of_head & folder.tensor_names and (tied - of_head) & folder.tensor_names:
+    if any(map(folder.stored_as, of_head)) and any(map(folder.stored_as, tied - of_head)):
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
 def load_dense(folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
     """Load the whole frozen model into this process (for reference; the zero engine loads shards)."""
+    if folder.multimodal:
+        text_model = _build_unfilled(folder, settings)
+        fill_parameters(text_model, folder.files, folder.stored_as)
+        return _freeze(text_model, folder, settings)
     transformers.utils.logging.disable_progress_bar()  # our own display shows the loading
     model = folder.model_class.from_pretrained(
         folder.path, config=prepare_config(folder, settings), dtype=DTYPES[settings.dtype]

@@ -129,6 +129,8 @@ def table_sites(architecture: Architecture, kinds: Sequence[AdapterKind]) -> Sit
 
 _FINAL = "final"
 """The norm that belongs to no block."""
+_OF_EXPERTS = frozenset({"gate", "up", "down", "feed_forward", "experts", "router"})
+"""Targets for which a mixture of experts has only frozen layers."""
 CHOSEN: tuple[Place, ...] = ("projections", "sublayers", "inputs")
 """Places whose targets a recipe names. A target that is missing from the backbone is therefore an error."""
 
@@ -140,7 +142,7 @@ def _paths(stack: Stack, place: Place) -> Mapping[str, str]:
         case "sublayers":
             return stack.sublayers
         case "inputs":
-            return {"feed_forward": stack.sublayers["feed_forward"]}
+            return {name: path for name, path in stack.sublayers.items() if name == "feed_forward"}
         case "norms":
             return stack.norms
         case "keys" | "values":
@@ -229,7 +231,10 @@ def _check_targets(sites: Sequence[Site], kind: AdapterKind, architecture: Archi
         known = list(dict.fromkeys(name for stack in architecture.stacks for name in _paths(stack, place)))
         is_known = missing[0] in known
         reason = "this backbone has no such layer" if is_known else f"known: {', '.join(known)}"
-        hint = "" if is_known else nearest(missing[0], known)
+        is_frozen = missing[0] in _OF_EXPERTS and any(stack.experts for stack in architecture.stacks)
+        if is_frozen:
+            reason = f"its experts and their router are frozen; adapt attention: {', '.join(known) or 'q, k, v, o'}"
+        hint = "" if is_known or is_frozen else nearest(missing[0], known)
         raise ConfigError(
             f"adaptation.adapters: {kind.name} target '{missing[0]}' cannot be used on a "
             f"{architecture.model_type} backbone ({reason}).{hint}"

@@ -1,7 +1,7 @@
 """The parts of a backbone that ZeRO-3 gathers at one time, and which of them may stay gathered."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -27,10 +27,20 @@ class Part:
     """How often a forward and backward pass gathers it when it is not resident: blocks, norms and the head in both, an
     input embedding in the forward pass alone, a tied embedding at most three times."""
     is_block: bool
+    expert_numel: int = 0
+    """Elements of its experts, which are among `numels`."""
+    expert_bytes: int = 0
+    chosen_share: float = 1.0
+    """Share of the experts that computes one token."""
 
     @property
     def numel(self) -> int:
         return sum(self.numels)
+
+    @property
+    def active_weights(self) -> float:
+        """Weights that one token is multiplied with: all but the experts that are not chosen for it."""
+        return self.weights - (1 - self.chosen_share) * self.expert_numel
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +72,24 @@ def find_parts(backbone: nn.Module, architecture: Architecture) -> tuple[Part, .
             gathers = 3 if tied else 1 if isinstance(module, nn.Embedding) else 2
             sizes = tuple(one.element_size() for one in own)
             numels = tuple(map(whole_numel, own))
-            parts.append(Part(name, numels, sizes, num_weights(module, own), gathers, name in blocks))
+            part = Part(name, numels, sizes, num_weights(module, own), gathers, name in blocks)
+            parts.append(_with_experts(part, module, architecture, backbone.config) if part.is_block else part)
     return tuple(parts)
+
+
+def _with_experts(part: Part, block: nn.Module, architecture: Architecture, config: Any) -> Part:
+    """Return the part of a block with what its experts hold, if it has any."""
+    experts = next((stack.experts for stack in architecture.stacks if part.name.startswith(f"{stack.blocks}.")), None)
+    module = dict(block.named_modules()).get(experts.path) if experts else None
+    if experts is None or module is None:
+        return part
+    own = list(module.parameters())
+    return replace(
+        part,
+        expert_numel=sum(map(whole_numel, own)),
+        expert_bytes=sum(whole_numel(one) * one.element_size() for one in own),
+        chosen_share=getattr(config, experts.chosen) / getattr(config, experts.total),
+    )
 
 
 def choose_resident(parts: Sequence[Part], budget: float) -> frozenset[str]:

@@ -57,6 +57,10 @@ class RunPlan:
     block_bits: float
     """Stored bits for each weight of the blocks, scales and norms among them."""
     trained_parameters: int
+    active_parameters: int
+    """Frozen parameters that compute one token: all but the experts that are not chosen."""
+    expert_bytes: int
+    """Of the whole backbone's experts; 0 without any."""
     memory: MemoryPlan
     other: MemoryPlan
     """The same with activation checkpointing turned the other way."""
@@ -117,6 +121,8 @@ def plan_run(recipe: Recipe, folder: BackboneFolder, sharding: Sharding, machine
         block_bits=8 * sum(part.nbytes for part in blocks) / sum(part.weights for part in blocks),
         backbone_parameters=sum(part.weights for part in workload.parts),
         trained_parameters=workload.trained,
+        active_parameters=round(sum(part.active_weights for part in workload.parts)),
+        expert_bytes=sum(part.expert_bytes for part in workload.parts),
         memory=memory,
         other=other,
         checkpointed=chosen,

@@ -79,7 +79,7 @@ def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
 def trace_step(model: AdaptedModel, shape: StepShape) -> Trace:
     """Run one micro-batch forward and backward and note what is alive when."""
     ledger = _Ledger([*model.backbone.parameters(), *model.backbone.buffers(), *model.generator.parameters()])
-    with _fused_attention_on_meta(), ledger:
+    with _kernels_on_meta(), ledger:
         generation = model.generation(torch.arange(shape.tasks, device="meta"))
         before = ledger.live
         inputs, num_labels = _inputs(model, shape)
@@ -204,17 +204,35 @@ class _FusedAttention(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """What the products of experts keep with frozen weights: the weights, and where each expert's rows end."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, ends)
+        return rows.new_empty(len(rows), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, _ = ctx.saved_tensors
+        return gradient.new_empty(len(gradient), weight.shape[-2]), None, None
+
+
 @contextmanager
-def _fused_attention_on_meta() -> Iterator[None]:
-    """On the meta device PyTorch would take the plain products apart, which CUDA does not."""
+def _kernels_on_meta() -> Iterator[None]:
+    """On the meta device PyTorch would take fused attention apart, which CUDA does not, and has no fp32 experts."""
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         output: Tensor = _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
         return output
 
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = fused
+    def grouped(rows: Tensor, weight: Tensor, *, offs: Tensor | None = None, **_kwargs: Any) -> Tensor:
+        output: Tensor = _GroupedProduct.apply(rows, weight, offs)  # type: ignore[no-untyped-call]
+        return output
+
+    before = F.scaled_dot_product_attention, F.grouped_mm
+    F.scaled_dot_product_attention, F.grouped_mm = fused, grouped  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before
+        F.scaled_dot_product_attention, F.grouped_mm = before

@@ -56,8 +56,8 @@ def plan_traffic(workload: Workload, sharding: Sharding, resident: frozenset[str
 
 def step_operations(workload: Workload, shape: StepShape, checkpointed: bool) -> float:
     """Return the operations of one micro-batch on one rank: 2 forward and 2 backward (no weight gradients) an element
-    and token, 2 more where blocks run again; the head at label positions only. Attention's own products and the
-    adapters are left out.
+    and token, 2 more where blocks run again; the head at label positions only, and of the experts those chosen.
+    Attention's own products and the adapters are left out.
     """
     again = 2 if checkpointed else 0
     lengths = {"encoder": shape.source_tokens, "decoder": shape.target_tokens}
@@ -66,7 +66,7 @@ def step_operations(workload: Workload, shape: StepShape, checkpointed: bool) ->
         if part.is_block:
             stack = part.name.partition(".")[0]
             length = lengths.get(stack, shape.source_tokens + shape.target_tokens)
-            operations += (4 + again) * part.weights * shape.rows * length
+            operations += (4 + again) * part.active_weights * shape.rows * length
         elif part.gathers > 1 and part.weights >= 2**16:
             operations += 4 * part.weights * shape.rows * shape.target_tokens
     return operations

@@ -88,6 +88,10 @@ def render_text(plan: RunPlan, recipe: Recipe) -> str:
         f"{format_size(plan.backbone_bytes)} in all; "
         f"{plan.trained_parameters:,} trained; {machine.ranks} {kind} on {machine.nodes} node(s)"
     )
+    if plan.expert_bytes:
+        title += f"\n  experts: {format_size(plan.expert_bytes)}; {plan.active_parameters:,} parameters compute a token"
+        if recipe.backbone.quantization != "none":
+            title += f"\n  backbone.quantization does not cover the experts: they stay in {recipe.backbone.dtype}"
     worst = f"one rank at its worst moment ({_MOMENTS[memory.moment]})"
     lines = [title, "", worst, *_table(memory.items), _total(memory.total)]
     if machine.memory is not None:

@@ -136,6 +136,7 @@ def _open_session(recipe: Recipe, context: WorkerContext, may_lack_test: bool = 
             "path": str(folder.path),
             "is_local": Path(recipe.backbone.name).is_dir() or "/" not in recipe.backbone.name,
             "model_type": folder.architecture.model_type,
+            "multimodal": folder.multimodal and folder.multimodal.model_type,
             "quantization": recipe.backbone.quantization,
         },
         versions=package_versions(),

@@ -15,10 +15,12 @@ from hyperscale.errors import BundleError, nearest
 from hyperscale.export.bundle import BundleManifest, read_manifest
 from hyperscale.export.native_format import read_native
 from hyperscale.export.peft_format import read_peft
+from hyperscale.export.server_names import served_sites
 from hyperscale.logger import get_logger
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.backbone import BackboneFolder, load_dense, open_backbone
 from hyperscale.model.build import Blueprint
+from hyperscale.model.families.multimodal import multimodal_of
 from hyperscale.model.sites import SiteMap
 from hyperscale.model.weights import Weights
 
@@ -162,6 +164,9 @@ def _open_backbone(
 
 
 def _read(folder: Path, manifest: BundleManifest, site_map: SiteMap) -> Mapping[str, Mapping[str, Tensor]]:
-    is_peft = manifest.format == "peft"
-    stored = read_peft(folder, site_map, manifest.adapters) if is_peft else read_native(folder, site_map)
+    if manifest.format == "peft":
+        served = served_sites(site_map, multimodal_of(manifest.backbone.multimodal))
+        stored = read_peft(folder, served, manifest.adapters)
+    else:
+        stored = read_native(folder, site_map)
     return {group: {name: tensor.float() for name, tensor in named.items()} for group, named in stored.items()}

@@ -45,10 +45,11 @@ def with_norms(norms: Mapping[str, str]) -> Stack:
 
 LLAMA = decoder_only("llama", "Llama")
 MISTRAL = decoder_only("mistral", "Mistral", may_slide=True)
+MINISTRAL3 = decoder_only("ministral3", "Ministral3", may_slide=True)
 QWEN2 = decoder_only("qwen2", "Qwen2", may_slide=True)
 QWEN3 = decoder_only("qwen3", "Qwen3", with_norms({**DECODER.norms, **QUERY_AND_KEY_NORMS}), may_slide=True)
 
 GRANITE = decoder_only("granite", "Granite")
 SMOLLM3 = decoder_only("smollm3", "SmolLM3", may_slide=True)
 
-ROWS = (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, SMOLLM3)
+ROWS = (LLAMA, MISTRAL, MINISTRAL3, QWEN2, QWEN3, GRANITE, SMOLLM3)
