@@ -36,16 +36,11 @@ KINDS: list[AdapterKind] = [
     ),
     Bottleneck(BottleneckSettings(reduction=3, layer_norm=True)),
     Ia3(Ia3Settings()),
-    NormDelta(NormDeltaSettings()),
 ]
-IDS = ["lora", "gelu", "gelu_new", "relu", "silu", "conditional norm", "ia3", "norm_delta"]
+IDS = ["lora", "gelu", "gelu_new", "relu", "silu", "conditional norm", "ia3"]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=IDS)
-LAST = {"lora": {"b"}, "bottleneck": {"up", "up_bias"}, "ia3": {"delta"}, "norm_delta": {"delta"}}
+LAST = {"lora": {"b"}, "bottleneck": {"up", "up_bias"}, "ia3": {"delta"}}
 """What starts at zero and learns at once."""
-
-
-def in_features(kind: AdapterKind) -> int:
-    return OUT if isinstance(kind, NormDelta) else IN  # a norm's two widths are one
 
 
 def draw(*shape: int) -> Tensor:
@@ -53,7 +48,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def weights_per_sample(kind: AdapterKind) -> dict[str, Tensor]:
-    return {name: draw(B, *spec.shape) for name, spec in kind.tensors(in_features(kind), OUT).items()}
+    return {name: draw(B, *spec.shape) for name, spec in kind.tensors(IN, OUT).items()}
 
 
 def plain(kind: AdapterKind, x: list[float], y: list[float], weights: Mapping[str, Tensor]) -> list[float]:
@@ -70,8 +65,6 @@ def plain(kind: AdapterKind, x: list[float], y: list[float], weights: Mapping[st
         return plus(y, times(w["b"], times(w["a"], x)))
     if isinstance(kind, Ia3):
         return [(1 + delta) * value for delta, value in zip(w["delta"], y, strict=True)]
-    if isinstance(kind, NormDelta):
-        return [value + delta * one for delta, one, value in zip(w["delta"], x, y, strict=True)]
     assert isinstance(kind, Bottleneck)
     act = {
         "relu": lambda v: max(v, 0.0),
@@ -93,7 +86,7 @@ def plain(kind: AdapterKind, x: list[float], y: list[float], weights: Mapping[st
 
 @each_kind
 def test_formula(kind: AdapterKind):
-    x, y, weights = draw(B, T, in_features(kind)), draw(B, T, OUT), weights_per_sample(kind)
+    x, y, weights = draw(B, T, IN), draw(B, T, OUT), weights_per_sample(kind)
     adapted = kind.apply(x, y, weights)
     expected = [
         [
@@ -111,13 +104,13 @@ def test_formula(kind: AdapterKind):
 
 @each_kind
 def test_gradients(kind: AdapterKind):
-    names = list(kind.tensors(in_features(kind), OUT))
+    names = list(kind.tensors(IN, OUT))
     for weights in (weights_per_sample(kind), {name: w[0] for name, w in weights_per_sample(kind).items()}):
 
         def adapted(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
             return kind.apply(x, y, dict(zip(names, tensors, strict=True)))
 
-        inputs = [draw(B, T, in_features(kind)), draw(B, T, OUT), *weights.values()]
+        inputs = [draw(B, T, IN), draw(B, T, OUT), *weights.values()]
         assert torch.autograd.gradcheck(adapted, [tensor.requires_grad_() for tensor in inputs])
 
 
@@ -125,16 +118,30 @@ def test_gradients(kind: AdapterKind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_start(kind: AdapterKind, dtype: torch.dtype):
     """The output is exactly the backbone's, and what starts at zero already learns."""
-    specs = kind.tensors(in_features(kind), OUT)
+    specs = kind.tensors(IN, OUT)
     assert {spec.start for spec in specs.values()} <= {"zero", "normal"}
     weights = {name: (draw(B, *spec.shape) * std(spec)).to(dtype).requires_grad_() for name, spec in specs.items()}
-    x, y = draw(B, T, in_features(kind)).to(dtype), draw(B, T, OUT).to(dtype)
+    x, y = draw(B, T, IN).to(dtype), draw(B, T, OUT).to(dtype)
     adapted = kind.apply(x, y, weights)
     assert adapted.dtype == dtype
     assert torch.equal(adapted, y)
     adapted.square().sum().backward()
     last = {"gamma", "beta"} if "gamma" in specs else LAST[kind.name]
     assert {name for name, tensor in weights.items() if tensor.grad is not None and tensor.grad.any()} == last
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norms_weight(dtype: torch.dtype):
+    """The kind gets a norm's weight, and returns one for the batch or for each sample; at zero it is the same."""
+    kind, weight, delta = NormDelta(NormDeltaSettings()), draw(OUT).to(dtype), draw(B, OUT).to(dtype)
+    assert {name: (spec.shape, spec.start) for name, spec in kind.tensors(OUT, OUT).items()} == {
+        "delta": ((OUT,), "zero")
+    }
+    each = kind.apply(weight, weight, {"delta": delta})
+    assert torch.equal(each, weight + delta)
+    for b in range(B):
+        assert torch.equal(kind.apply(weight, weight, {"delta": delta[b]}), each[b])
+    assert torch.equal(kind.apply(weight, weight, {"delta": torch.zeros_like(delta)}), weight.expand(B, -1))
 
 
 def std(spec: TensorSpec) -> float:
