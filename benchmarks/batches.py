@@ -1,5 +1,8 @@
 """The samples that all sides of the step benchmark train on."""
 
+import json
+
+from benchmarks.shapes import Q_AND_V
 from hyperscale.config.loading import load_recipe
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import Batch
@@ -10,9 +13,13 @@ from hyperscale.model.backbone import open_backbone
 
 def recipe_of(dtype: str, ranks: int, *changes: str) -> Recipe:
     """Return the demo's recipe with a dtype, as many workers as ranks, and other changes."""
-    return load_recipe(
-        "demo", [f"cluster.workers={ranks}", f"backbone.dtype={dtype}", "tracking.mlflow.enabled=false", *changes]
-    )
+    fixed = {
+        "adaptation.adapters": [Q_AND_V],
+        "cluster.workers": ranks,
+        "backbone.dtype": dtype,
+        "tracking.mlflow.enabled": False,
+    }
+    return load_recipe("demo", [*(f"{key}={json.dumps(value)}" for key, value in fixed.items()), *changes])
 
 
 def bucket(is_bucketed: bool) -> str:

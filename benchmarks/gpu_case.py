@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.distributed import HashStore
 
 from benchmarks import gpu_peer
-from benchmarks.shapes import LLAMA_1B, LLAMA_8B
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B, Q_AND_V
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.base import Engine
@@ -101,6 +101,7 @@ def recipe_of(case: dict[str, Any], backbone: Path, device: torch.device) -> Rec
             "name": "gpu",
             "output": str(backbone.parent / "run"),
             "backbone": {"name": str(backbone), "dtype": "bfloat16"},
+            "adaptation": {"adapters": [Q_AND_V]},
             "data": {
                 "tasks": [f"task{number}" for number in range(TASKS)],
                 "max_source_tokens": case.get("length", 64) - TARGET,

@@ -23,6 +23,7 @@ import transformers
 from safetensors.torch import save_file
 
 from benchmarks.machine import forget_peak, resident_bytes
+from benchmarks.shapes import Q_AND_V
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.collective import TorchCollective
@@ -132,6 +133,7 @@ def recipe_of(case: Case, backbone: Path) -> Recipe:
             "name": "memory",
             "output": str(backbone.parent / "run"),
             "backbone": {"name": str(backbone), "dtype": case.dtype},
+            "adaptation": {"adapters": [Q_AND_V]},
             "data": {"tasks": ["first", "second"], "max_source_tokens": SOURCE, "max_target_tokens": TARGET},
             "training": {"steps": 100, "batch_size": RANKS * ROWS, "micro_batch_size": ROWS},
             "engine": {

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shapes import LLAMA_8B, LLAMA_70B
+from benchmarks.shapes import LLAMA_8B, LLAMA_70B, Q_AND_V
 from hyperscale.config.run import Recipe
 from hyperscale.config.sizes import parse_size
 from hyperscale.model.backbone import open_shapes
@@ -60,6 +60,7 @@ def recipe_of(backbone: Path, gpus: int, **engine: Any) -> Recipe:
             "name": "scale",
             "output": "scale",
             "backbone": {"name": str(backbone), "attention": "sdpa"},
+            "adaptation": {"adapters": [Q_AND_V]},
             "data": {"tasks": [f"task{number}" for number in range(8)], "max_target_tokens": 16},
             "training": {"steps": 1000, "batch_size": 8 * gpus, "micro_batch_size": 8},
             "engine": {"activation_checkpointing": True, **engine},

@@ -1,4 +1,4 @@
-"""Published shapes of backbones that several benchmarks use, as fields of their transformers configuration."""
+"""Shapes that several benchmarks use: of published backbones, as fields of their configuration, and of the adapters."""
 
 from typing import Any
 
@@ -32,3 +32,6 @@ LLAMA_70B: dict[str, Any] = {
     "num_attention_heads": 64,
 }
 """LLaMA-3 70B's, from the same table."""
+
+Q_AND_V: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 8, "targets": ["q", "v"]}
+"""The LoRA of the recorded benchmarks, and of the peers beside them."""

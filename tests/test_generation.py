@@ -114,7 +114,7 @@ def test_one_set_of_weights_is_neither_copied_nor_taken_apart_by_sample(
     folder: Path, kind: str, by_site: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """All of the generator `shared`, and the one set of norms beside any other."""
-    adapted = build(folder, {"kind": kind}, (LoraSettings(rank=2), NormDeltaSettings()))
+    adapted = build(folder, {"kind": kind}, (LoraSettings(rank=2, targets=("q", "v")), NormDeltaSettings()))
     adapted.site_by_site = by_site
     tiny.disturb(adapted.generator)
     dimensions: dict[type, set[int]] = {}

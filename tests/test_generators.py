@@ -127,7 +127,7 @@ def test_published_start(kind: str, folders: dict[str, Path]):
     """Of a bottleneck with and without norm, and of LoRA; on the widths of the tiny backbone."""
     adapters = [
         {"kind": "bottleneck", "reduction": 2, "layer_norm": kind != "independent"},
-        {"kind": "lora", "rank": 8},
+        {"kind": "lora", "rank": 8, "targets": ["q", "v"]},
     ]
     chosen = AdaptationSettings.model_validate({"generator": {"kind": kind}, "adapters": adapters, "init": "paper"})
     adapted = tiny.adapted_model(folders["llama"], chosen.model_dump(), NUM_TASKS)
@@ -312,9 +312,16 @@ def test_count_of_houlsby():
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("hypernetwork", 734_464), ("independent", 3_225_600), ("shared", 460_800)]
+    ("kind", "targets", "expected"),
+    [
+        ("hypernetwork", ["q", "v"], 734_464),
+        ("independent", ["q", "v"], 3_225_600),
+        ("shared", ["q", "v"], 460_800),
+        ("hypernetwork", "all", 2_332_224),
+        ("shared", "all", 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))),
+    ],
 )
-def test_counts_on_the_packaged_backbone(kind: str, expected: int):
+def test_counts_on_the_packaged_backbone(kind: str, targets: str | list[str], expected: int):
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -323,7 +330,8 @@ def test_counts_on_the_packaged_backbone(kind: str, expected: int):
         num_key_value_heads=3,
         vocab_size=100,
     )
-    assert on_real_shapes(LlamaForCausalLM, config, {"generator": {"kind": kind}}, 7) == expected
+    adaptation = {"generator": {"kind": kind}, "adapters": [{"kind": "lora", "rank": 8, "targets": targets}]}
+    assert on_real_shapes(LlamaForCausalLM, config, adaptation, 7) == expected
 
 
 def test_every_generator_of_the_recipe_is_built():

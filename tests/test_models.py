@@ -11,14 +11,14 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from hyperscale.cli import main
-from hyperscale.config.adaptation import ADAPTER_SETTINGS
+from hyperscale.config.adaptation import ADAPTER_SETTINGS, LoraSettings
 from hyperscale.errors import ConfigError
 from hyperscale.export.peft_format import peft_limitation, vllm_limitation
 from hyperscale.model.adapters.registry import build_kinds
 from hyperscale.model.architectures import ARCHITECTURES
 from hyperscale.model.sites import find_sites
 from hyperscale.run.models import family_support, list_families
-from tests import tiny
+from tests import test_moe, test_multimodal_checkpoints, tiny
 
 SIZES = {
     "vocab_size": 50,
@@ -75,9 +75,26 @@ def test_a_family_supports_what_its_line_says(model_type: str):
         assert vllm_limitation(site_map, architecture) == support.vllm
 
 
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_lora_is_for_every_linear_layer_of_the_blocks(model_type: str):
+    """By the one word `all`, its default: fused and cross-attention projections too, but not what a row leaves out."""
+    backbone, architecture = empty(model_type), ARCHITECTURES[model_type]
+    linear = {
+        f"{stack.blocks}.{number}.{path}"
+        for stack in architecture.stacks
+        for number, block in enumerate(backbone.get_submodule(stack.blocks).children())
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear) and path not in stack.untouched
+    }
+    kinds = build_kinds([LoraSettings()])
+    assert kinds[0].targets == ("all",)
+    assert {site.name for site in find_sites(backbone, architecture, kinds).sites} == linear
+
+
 def test_random_weights_stand_for_a_model_that_the_tests_build():
-    """Each family is in the tests' list of tiny models, or has a builder of its own."""
-    assert set(ARCHITECTURES) <= {"llama", "t5", *tiny.FAMILIES}
+    """Each family is in one of the tests' lists of tiny models, or has a builder of its own."""
+    text_models = {text["model_type"] for _, _, text, _ in test_multimodal_checkpoints.WHOLES.values()}
+    assert set(ARCHITECTURES) <= {"llama", "t5", *tiny.FAMILIES, *test_moe.FAMILIES, *text_models}
 
 
 def test_a_row_that_lacks_a_default_target_says_so():

@@ -50,7 +50,7 @@ class LoraSettings(AdapterSection):
     alpha: float = Field(default=8.0, gt=0)
     rslora: bool = False
     """Divides alpha by √rank instead of by rank (arXiv 2312.03732), so that a larger rank needs no larger rate."""
-    targets: Projections = ("q", "v")
+    targets: Projections = ("all",)
     """`all`: every linear projection of every block. Or short names. LLaMA: q, k, v, o, gate, up, down.
     T5: q, k, v, o, cross_q, cross_k, cross_v, cross_o, wi or (gated) wi_0 and wi_1, wo.
     `hyperscale models` lists those of every family."""
