@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
+import hyperscale as hs
 from hyperscale.config.backbone import BackboneSettings
 from hyperscale.config.run import Recipe
 from hyperscale.engine import slices
@@ -384,6 +385,13 @@ def test_what_is_missing_is_named(folders: dict[str, Path], tmp_path: Path):
     save_file(weights | {name: weights[name][1:].contiguous()}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BackboneError, match=rf"tensor '{re.escape(name)}' .* has another shape"):
         load_dense(*opened(copy))
+
+
+def test_a_whole_model_in_memory_is_an_error(folders: dict[str, Path]):
+    with pytest.raises(
+        BackboneError, match=r"'gemma3' models are multimodal, and only their text model can be adapted"
+    ):
+        hs.adapt(whole_model(folders["gemma3"]), [hs.LoraSettings()], num_tasks=2)
 
 
 @pytest.mark.long

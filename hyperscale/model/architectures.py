@@ -3,6 +3,7 @@
 from hyperscale.config.plugins import Registry
 from hyperscale.errors import BackboneError, nearest
 from hyperscale.model.families import gemma, llama, mixture, olmo, phi, t5
+from hyperscale.model.families.multimodal import multimodal_of
 from hyperscale.model.families.table import Architecture, Stack
 
 __all__ = ["ARCHITECTURES", "Architecture", "Stack", "architecture_of", "register_family"]
@@ -32,6 +33,11 @@ def architecture_of(model_type: str) -> Architecture:
         PluginError: there is no such row, and a plug-in that might add it cannot be loaded.
     """
     row = ARCHITECTURES.find(model_type)
+    if row is None and multimodal_of(model_type):
+        raise BackboneError(
+            f"'{model_type}' models are multimodal, and only their text model can be adapted: name the checkpoint as "
+            "backbone.name of a recipe, which loads it alone, or hand over the text model"
+        )
     if row is None:
         raise BackboneError(
             f"backbones of type '{model_type}' are not supported; supported: {', '.join(ARCHITECTURES)}."
