@@ -23,6 +23,7 @@ from hyperscale.checkpoint import run_folder
 from hyperscale.checkpoint.manifest import build_manifest, check_manifest
 from hyperscale.checkpoint.run_folder import claim, read_owner
 from hyperscale.checkpoint.store import Checkpoint, CheckpointStore, find_checkpoint, load_checkpoint
+from hyperscale.config.adaptation import AdaptationSettings
 from hyperscale.errors import CheckpointError, RunFolderError
 from hyperscale.places import Place, open_place
 
@@ -330,6 +331,16 @@ def make_manifest() -> dict[str, object]:
         backbone={"name": "smollm2", "digest": "a" * 64},
         versions={"torch": "2.13"},
     )
+
+
+def test_settings_that_came_after_a_checkpoint_have_their_defaults_in_it() -> None:
+    present = make_manifest() | {"generator": AdaptationSettings().model_dump(mode="json")}
+    stored: Any = json.loads(json.dumps(present))
+    del stored["generator"]["adapters"][0]["rslora"]
+    check_manifest(stored, present)
+    present["generator"]["adapters"][0]["rslora"] = True
+    with pytest.raises(CheckpointError, match=r"generator\.adapters\.0: rslora was False, is True"):
+        check_manifest(stored, present)
 
 
 def test_manifest_differences_are_described() -> None:

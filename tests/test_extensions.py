@@ -49,7 +49,9 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_tables_of_settings_and_implementations_agree():
     assert set(ADAPTER_SETTINGS) == set(ADAPTER_KINDS)
     assert set(GENERATOR_SETTINGS) == set(GENERATORS)
-    assert {kind for kind in ADAPTER_SETTINGS if ADAPTER_SETTINGS[kind].has_peft_form} == set(PEFT_METHODS)
+    by_its_settings = {"vera"}
+    with_peft_form = {kind for kind in ADAPTER_SETTINGS if ADAPTER_SETTINGS[kind].has_peft_form}
+    assert with_peft_form == set(PEFT_METHODS) | by_its_settings
 
 
 def test_a_registered_kind_with_a_peft_form(tiny_llama_folder):

@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from typing import Any
 
-from hyperscale.errors import CheckpointError
+from pydantic import ValidationError
+
+from hyperscale.config.adaptation import AdaptationSettings
+from hyperscale.errors import CheckpointError, PluginError
 
 _SHOWN = 3
 
@@ -51,7 +54,15 @@ def _differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> Itera
     yield from _backbone(stored.get("backbone", {}), present.get("backbone", {}))
     yield from _sites(stored.get("site_map", []), present.get("site_map", []))
     yield from _tasks(stored.get("tasks", []), present.get("tasks", []))
-    yield from _settings("generator", stored.get("generator", {}), present.get("generator", {}))
+    yield from _settings("generator", _with_defaults(stored.get("generator", {})), present.get("generator", {}))
+
+
+def _with_defaults(generator: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return stored settings with those that were added since they were stored, which have their defaults."""
+    try:
+        return AdaptationSettings.model_validate(generator).model_dump(mode="json")
+    except (ValidationError, PluginError):
+        return generator
 
 
 def _backbone(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -98,8 +109,14 @@ def _tasks(was: Sequence[str], now: Sequence[str]) -> Iterator[str]:
 
 def _settings(where: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*was, *now]):
-        before, after = was.get(key, "not set"), now.get(key, "not set")
+        before, after = _by_number(was.get(key, "not set")), _by_number(now.get(key, "not set"))
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _settings(f"{where}.{key}", before, after)
         elif before != after:
             yield f"{where}: {key} was {before}, is {after}"
+
+
+def _by_number(value: Any) -> Any:
+    """Return a list of sections as a mapping, so that one of them is compared key by key."""
+    is_list_of_sections = isinstance(value, list) and bool(value) and all(isinstance(one, Mapping) for one in value)
+    return {str(number): one for number, one in enumerate(value)} if is_list_of_sections else value
