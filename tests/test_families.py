@@ -272,7 +272,7 @@ def test_targets_of_fused_projections(tmp_path: Path):
     with pytest.raises(
         ConfigError, match=r"target 'q' cannot be used on a phi3 backbone \(known: qkv, o, gate_up, down"
     ):
-        tiny.adapted_model(folder, {"adapters": [{"kind": "lora"}]})
+        tiny.adapted_model(folder, {"adapters": [{"kind": "lora", "targets": ["q", "v"]}]})
     sizes = {site.position: site.out_features for site in model(folder, "phi3", "prefix").site_map.sites}
     assert sizes == {"keys": 16, "values": 16}  # two heads of 8
 
