@@ -52,7 +52,7 @@ class Finished:
         return [self.result.bundles[task] for task in tasks or TASKS]
 
 
-@pytest.fixture(scope="module", params=["llama", "t5", "t5-int8"])
+@pytest.fixture(scope="module", params=["llama-nf4", "t5", "t5-int8"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     family, _, quantization = request.param.partition("-")
     folder = tmp_path_factory.mktemp("run")

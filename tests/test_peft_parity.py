@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hyperscale.assets.backbones import resolve_packaged
+from hyperscale.config.backbone import BackboneSettings
 from hyperscale.config.run import Recipe
 from hyperscale.data.corpus import Corpus
 from hyperscale.engine.base import Engine
@@ -20,6 +21,7 @@ from hyperscale.export.peft_format import read_peft
 from hyperscale.model.adapted import AdaptedModel
 from hyperscale.model.backbone import load_dense, open_backbone
 from hyperscale.model.generation import EagerGeneration
+from hyperscale.model.quantized.four_bits import FourBitLinear
 from hyperscale.model.weights import cast
 from tests import tiny
 from tests.runs import TASKS, corpus_of, engine_of, loader_of, make_recipe, write_tasks
@@ -61,12 +63,15 @@ ADAPTERS = {
 }
 
 
-def trained(path: Path, adapter: dict[str, Any], tmp_path: Path, **export: str) -> tuple[Recipe, Engine, Corpus]:
+def trained(
+    path: Path, adapter: dict[str, Any], tmp_path: Path, quantization: str = "none", **export: str
+) -> tuple[Recipe, Engine, Corpus]:
     """Train three steps of one kind alone."""
     recipe = make_recipe(
         path,
         write_tasks(tmp_path / "tasks"),
         tmp_path / "run",
+        backbone={"name": str(path), "dtype": "float32", "quantization": quantization},
         adaptation={"adapters": [adapter]},
         training={"steps": 3, "batch_size": 8, "optimizer": {"learning_rate": 0.02, "warmup_steps": 0}},
         export=export,
@@ -93,8 +98,12 @@ def exported(recipe: Recipe, model: AdaptedModel, corpus: Corpus, output: Path) 
 
 
 def load_peft(recipe: Recipe, bundle: Path) -> Any:
-    """Load a bundle as its users do; PEFT must know all its keys and miss none."""
-    base = load_dense(open_backbone(recipe.backbone), recipe.backbone)
+    """Load a bundle as its users do; PEFT must know all its keys and miss none. A quantized base is dequantized."""
+    base = load_dense(open_backbone(recipe.backbone), recipe.backbone.model_copy(update={"quantization": "none"}))
+    stored = load_dense(open_backbone(recipe.backbone), recipe.backbone)
+    for name, module in stored.named_modules():
+        if isinstance(module, FourBitLinear):
+            base.get_submodule(name).weight.data = module.dequantized(torch.float32)
     model = PeftModel.from_pretrained(base, bundle).eval()
     assert get_peft_model_state_dict(model).keys() == load_file(bundle / "adapter_model.safetensors").keys()
     return model
@@ -183,6 +192,24 @@ def test_a_bundle_in_bf16(tiny_llama_folder: Path, tmp_path: Path):
         got = load_peft(recipe, bundle)(**inputs).logits
     assert (got - ours(engine.model, task, inputs, stored=torch.bfloat16)).abs().max() <= 1e-6
     assert (got - ours(engine.model, task, inputs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_bundle_of_a_run_in_four_bits(family: str, request: pytest.FixtureRequest, tmp_path: Path):
+    """It names the published weights as its base, and means the same on the dequantized ones as in the run."""
+    path = request.getfixturevalue(f"tiny_{family}_folder")
+    recipe, engine, corpus = trained(path, lora("all"), tmp_path, quantization="nf4")
+    bundle = exported(recipe, engine.model, corpus, tmp_path / "bundles")["past"]
+    assert json.loads((bundle / "adapter_config.json").read_text())["base_model_name_or_path"] == str(path)
+    assert read_manifest(bundle).backbone.quantization == "nf4"
+    inputs = questions(engine.model)
+    expected = ours(engine.model, TASKS.index("past"), inputs)
+    with torch.no_grad():
+        actual = load_peft(recipe, bundle)(**inputs).logits
+        published = load_dense(open_backbone(recipe.backbone), BackboneSettings(name=str(path), dtype="float32"))
+        on_published = PeftModel.from_pretrained(published, bundle).eval()(**inputs).logits
+    assert (actual - expected).abs().max() <= 1e-6
+    assert 1e-3 < (on_published - expected).abs().max() < 0.3 * expected.abs().max()
 
 
 def test_the_packaged_backbone(tmp_path: Path):

@@ -17,7 +17,12 @@ from hyperscale.engine.shard_sources import AbsmaxSource, CodeSource, FourBitTen
 from hyperscale.engine.slices import index_tensors, slice_reader
 from hyperscale.model.quantized import codes
 from hyperscale.model.quantized.codes import FourBitKind, FourBits, dequantize, quantize
-from hyperscale.model.quantized.four_bits import dequantize_with_bitsandbytes, four_bits_of
+from hyperscale.model.quantized.four_bits import (
+    FourBitEmbedding,
+    FourBitLinear,
+    dequantize_with_bitsandbytes,
+    four_bits_of,
+)
 from tests.bitsandbytes_numbers import DTYPES, FILE, SHAPES, digest, numbers_of, numbers_of_bitsandbytes, weight_of
 
 KINDS: tuple[FourBitKind, ...] = get_args(FourBitKind)
@@ -39,7 +44,7 @@ def test_numbers_are_those_that_bitsandbytes_made(case: tuple[str, Tensor]):
     offset = torch.tensor(expected["offset"])
     indices, scales = codes.compress(absmax, offset)
     stored = FourBits(packed.unsqueeze(1), indices, codes.scale_bits(scales, offset))
-    values = dequantize(stored, "nf4", weight.shape, weight.dtype)
+    values = dequantize(stored, "nf4", weight.numel(), weight.dtype)
     assert numbers_of(packed.view(torch.uint8), indices.view(torch.uint8), scales, offset, values) == expected
 
 
@@ -53,11 +58,11 @@ def test_numbers_are_those_of_the_installed_bitsandbytes(case: tuple[str, Tensor
     finally:
         torch.set_num_threads(threads)
     stored = quantize(weight, "nf4")
-    values = dequantize(stored, "nf4", weight.shape, weight.dtype)
+    values = dequantize(stored, "nf4", weight.numel(), weight.dtype)
     scale = stored.scale.view(torch.float32)
     numbers = (stored.codes.view(torch.uint8), stored.absmax.view(torch.uint8), scale[:-1], scale[-1], values)
     assert numbers_of(*numbers) == expected
-    assert torch.equal(dequantize_with_bitsandbytes(stored, weight.shape, weight.dtype), values)
+    assert torch.equal(dequantize_with_bitsandbytes(stored, weight.numel(), weight.dtype), values)
 
 
 def test_a_table_of_sixteen_numbers_is_ascending():
@@ -75,9 +80,9 @@ def test_no_weight_moves_further_than_to_the_nearest_number(kind: FourBitKind):
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).mul_(0.05)
     stored = quantize(weight, kind)
     assert quantize(torch.zeros(3, 70), kind).absmax.shape == (4,)
-    values = dequantize(stored, kind, weight.shape, torch.float64)
+    values = dequantize(stored, kind, weight.numel(), torch.float64).view(weight.shape)
     absmax = weight.view(-1, 64).abs().amax(1)
-    stored_absmax = codes.whole_absmax(stored)
+    stored_absmax = codes.absmax_of(stored)
     assert ((stored_absmax - absmax).abs() / absmax).max() < 0.03, "the second quantization is fine"
     table = codes.table_of(kind)
     gap = table[table >= -1].diff().max() / 2
@@ -86,15 +91,19 @@ def test_no_weight_moves_further_than_to_the_nearest_number(kind: FourBitKind):
     assert error.mean() < {"nf4": 0.005, "int4": 0.006}[kind]
 
 
+def layer_of(linear: nn.Linear, kind: FourBitKind) -> FourBitLinear:
+    return FourBitLinear(linear, four_bits_of(linear.weight, kind), kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("width", "bias"), [(64, False), (24, True), (33, True)])
 def test_output_and_gradient_are_those_of_the_stored_weight(kind: FourBitKind, width: int, bias: bool):
     linear = nn.Linear(width, 11, bias=bias).requires_grad_(False)
-    stored = four_bits_of(linear, kind)
+    stored = layer_of(linear, kind)
     assert not any(
         one.requires_grad or one.is_floating_point() for one in stored.parameters() if one is not stored.bias
     )
-    whole = dequantize(quantize(linear.weight, kind), kind, linear.weight.shape, torch.float64)
+    whole = dequantize(quantize(linear.weight, kind), kind, linear.weight.numel(), torch.float64).view(11, width)
     assert 0 < (whole - linear.weight).abs().max() < 0.1
     x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1), requires_grad=True)
     other = x.detach().double().requires_grad_()
@@ -111,7 +120,7 @@ def test_output_and_gradient_are_those_of_the_stored_weight(kind: FourBitKind, w
 
 
 def test_nothing_of_the_weight_waits_for_the_backward_pass():
-    stored = four_bits_of(nn.Linear(64, 64, bias=False).requires_grad_(False), "nf4")
+    stored = layer_of(nn.Linear(64, 64, bias=False).requires_grad_(False), "nf4")
     saved: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -126,9 +135,35 @@ def test_nothing_of_the_weight_waits_for_the_backward_pass():
 def test_chunks_do_not_change_a_number(monkeypatch: pytest.MonkeyPatch):
     weight = weight_of((29, 67), 3)
     stored = quantize(weight, "nf4")
-    whole = dequantize(stored, "nf4", weight.shape, torch.bfloat16)
+    whole = dequantize(stored, "nf4", weight.numel(), torch.bfloat16)
     monkeypatch.setattr(codes, "_CHUNK", 128)
-    assert torch.equal(dequantize(stored, "nf4", weight.shape, torch.bfloat16), whole)
+    assert torch.equal(dequantize(stored, "nf4", weight.numel(), torch.bfloat16), whole)
+
+
+def test_slabs_do_not_change_a_product(monkeypatch: pytest.MonkeyPatch):
+    linear = nn.Linear(96, 1100).requires_grad_(False)
+    layer = layer_of(linear, "nf4")
+    x = torch.randn(2, 3, 96, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weight = layer.dequantized(torch.float32)
+    expected = torch.nn.functional.linear(x, weight, layer.bias)
+    (of_input,) = torch.autograd.grad(expected.square().sum(), x)
+    monkeypatch.setattr("hyperscale.model.quantized.four_bits._SLAB_BYTES", 1)
+    slabs = list(layer.slabs(torch.float32))
+    assert len(slabs) == 3
+    assert torch.equal(torch.cat([slab for _, slab in slabs]), weight)
+    y = layer(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x.detach()), y.detach(), rtol=0, atol=0)
+    (actual,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(actual, of_input, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_looks_up_the_rows_of_the_stored_weight():
+    embedding = nn.Embedding(300, 192, dtype=torch.bfloat16).requires_grad_(False)
+    layer = FourBitEmbedding(embedding, four_bits_of(embedding.weight, "nf4"), "nf4")
+    ids = torch.randint(0, 300, (4, 50), generator=torch.Generator().manual_seed(0))
+    ids[0, :2] = torch.tensor([0, 299])
+    assert torch.equal(layer(ids), layer.dequantized(torch.bfloat16)[ids])
 
 
 @dataclass

@@ -222,6 +222,14 @@ def assert_same_training(first: Trained, second: Trained, reference: Trained) ->
     assert len(set(first.answers)) > 2
 
 
+def test_five_steps_with_the_vocabulary_in_four_bits(two_ranks: Ranks, tasks: list[str], tmp_path: Path):
+    path = tiny.tiny_llama(tmp_path / "backbone", hidden_size=64)
+    sharded, alone = recipes(path, tasks, tmp_path, CHECKPOINTED | {"backbone": {"quantization": "nf4_all"}})
+    first, second = two_ranks.run(train, sharded)
+    assert_same_training(first, second, train(alone))
+    assert set(first.held) == set(second.held) == {first.shard}
+
+
 @pytest.mark.parametrize("backbone", ["llama"], indirect=True)
 def test_unsharded_ranks(two_ranks: Ranks, backbone: Path, tasks: list[str], tmp_path: Path):
     _, alone = recipes(backbone, tasks, tmp_path, {})
@@ -269,14 +277,18 @@ def test_sharded_weights_are_the_stored_ones(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization"), [("float32", "int8"), ("bfloat16", "int8"), ("float32", "int4"), ("bfloat16", "nf4")]
+    ("dtype", "quantization"),
+    [("float32", "int8"), ("bfloat16", "int8"), ("float32", "int4"), ("bfloat16", "nf4"), ("bfloat16", "nf4_all")],
 )
 def test_shards_of_integers_are_those_of_the_whole_tensors(
     two_ranks: Ranks, tiny_llama_folder: Path, tiny_t5_folder: Path, tmp_path: Path, dtype: str, quantization: str
 ):
     """An odd width cuts rows and blocks between the ranks."""
     odd = tiny.tiny_llama(tmp_path / "odd", intermediate_size=63)
-    for path in (tiny_llama_folder, tiny_t5_folder, odd):
+    paths = [tiny_llama_folder, tiny_t5_folder, odd]
+    if quantization == "nf4_all":
+        paths = [tiny.tiny_llama(tmp_path / "tied", hidden_size=64), tiny.tiny_t5(tmp_path / "untied", d_model=64)]
+    for path in paths:
         settings = BackboneSettings.model_validate({"name": str(path), "dtype": dtype, "quantization": quantization})
         expected = dict(load_dense(open_backbone(settings), settings).named_parameters(remove_duplicate=False))
         scale_bits = set() if quantization == "int8" else {torch.int32}

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from hyperscale.config.section import Section
 
-Quantization = Literal["none", "int8", "nf4", "int4"]
+Quantization = Literal["none", "int8", "nf4", "nf4_all", "int4"]
 
 
 class BackboneSettings(Section):
@@ -20,8 +20,8 @@ class BackboneSettings(Section):
     """The dtype in which the frozen weights are stored and multiplied. The generator is always fp32."""
     quantization: Quantization = "none"
     """How the blocks' linear layers are stored, sharded and gathered. `int8`: 8-bit integers with one scale an output.
-    `nf4`: 4.13 bits a weight, the numbers of bitsandbytes' NF4 with double quantization. `int4`: the same scales, but
-    evenly spaced numbers. They are multiplied in `dtype`; embeddings, norms and the head stay in `dtype`."""
+    `nf4`: 4.13 bits a weight, the numbers of bitsandbytes' NF4 with double quantization. `nf4_all`: the embedding and
+    the head too. `int4`: as `nf4`, but with evenly spaced numbers. Products are in `dtype`, and so is all the rest."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone while training (T5 was trained with 0.1, LLaMA with none)."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"

@@ -28,7 +28,7 @@ from hyperscale.engine.slices import JoinedTensor, StoredTensor, index_tensors, 
 from hyperscale.errors import BackboneError
 from hyperscale.model.backbone import BackboneFolder
 from hyperscale.model.quantized import four_bits
-from hyperscale.model.quantized.four_bits import FourBitLinear
+from hyperscale.model.quantized.four_bits import FourBitWeight
 from hyperscale.model.quantized.int8 import SCALE, Int8Linear
 from hyperscale.model.shapes import record_whole_shape
 
@@ -106,14 +106,15 @@ def _sources(
     for parameter, names in _names(backbone):
         owner, _, key = names[0].rpartition(".")
         layer = backbone.get_submodule(owner)
-        if key == "bias" or not isinstance(layer, Int8Linear | FourBitLinear):
+        if key == "bias" or not isinstance(layer, Int8Linear | FourBitWeight):
             sources.append((names, PlainSource(_find(names, tuple(parameter.shape), stored, folder))))
             continue
         weights = [f"{name.rpartition('.')[0]}.weight" for name in names]
-        weight = _find_one(weights, (layer.out_features, layer.in_features), stored, folder)
         if isinstance(layer, Int8Linear):
+            weight = _find_one(weights, (layer.out_features, layer.in_features), stored, folder)
             sources.append((names, Int8Source(weight, wants_scales=key == SCALE)))
         else:
+            weight = _find_one(weights, (layer.num_rows, layer.width), stored, folder)
             tensor = tensors.setdefault(layer, FourBitTensor(weight, layer.kind, collective))
             sources.append((names, _four_bit_source(key, tensor)))
     return sources

@@ -34,7 +34,7 @@ class AdaptedModel:
         self.site_map = site_map
         self.architecture = architecture
         self.site_by_site = site_by_site
-        self.dtype: torch.dtype = next(backbone.parameters()).dtype
+        self.dtype: torch.dtype = next(one.dtype for one in backbone.parameters() if one.is_floating_point())
         self._positions: Tensor | None = None
         head = backbone.get_output_embeddings()  # type: ignore[operator]
         head.register_forward_pre_hook(self._keep_labelled)

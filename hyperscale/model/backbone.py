@@ -28,7 +28,7 @@ from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.attention import GROUPED
 from hyperscale.model.checkpoint_files import fill_parameters, tensor_names, weight_files
 from hyperscale.model.families.multimodal import Multimodal, multimodal_of
-from hyperscale.model.quantized.blocks import quantize_blocks
+from hyperscale.model.quantized.blocks import quantize_backbone
 from hyperscale.model.stored_names import stored_as
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -277,7 +277,7 @@ def load_dense(folder: BackboneFolder, settings: BackboneSettings) -> PreTrained
 
 def _freeze(model: PreTrainedModel, folder: BackboneFolder, settings: BackboneSettings) -> PreTrainedModel:
     model.requires_grad_(False)
-    quantize_blocks(model, folder.architecture, settings.quantization)
+    quantize_backbone(model, folder.architecture, settings.quantization)
     model.train(settings.dropout > 0)
     return model
 

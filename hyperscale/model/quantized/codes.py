@@ -21,9 +21,11 @@ BLOCK = 64
 """Weights that share one absmax."""
 GROUP = 256
 """Absmax values that share one scale."""
+SPAN = BLOCK * GROUP
+"""Weights of a group."""
 _CHUNK = 256 * 1024
 """Weights that are fp32 at one time while a tensor is dequantized on a CPU: 1 MiB."""
-_CHUNK_CUDA = 16 * 1024 * 1024
+_CHUNK_CUDA = 4 * 1024 * 1024
 """The same on other devices, where each chunk costs launches."""
 _LAST_STEP = 65535
 _SMALLEST = 1e-38
@@ -144,20 +146,29 @@ def scale_bits(scales: Tensor, offset: Tensor) -> Tensor:
     return torch.cat([scales, offset.reshape(1)]).view(torch.int32)
 
 
-def whole_absmax(stored: FourBits) -> Tensor:
+def part_of(stored: FourBits, start: int, end: int) -> FourBits:
+    """Return views of what the weights from `start` to `end` need; `start` begins a group, `SPAN` weights each."""
+    groups = stored.scale[start // SPAN : -(-end // SPAN)]
+    return FourBits(
+        stored.codes[start // 2 : -(-end // 2)],
+        stored.absmax[start // BLOCK : num_blocks(end)],
+        torch.cat([groups, stored.scale[-1:]]),
+    )
+
+
+def absmax_of(stored: FourBits) -> Tensor:
     """Return the absmax fp32 [⌈n/64⌉] that the stored indices stand for."""
     scale = stored.scale.view(torch.float32)
-    values = absmax_table(stored.absmax.device)[stored.absmax.view(torch.uint8).int()]
-    groups = F.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
+    values = F.embedding(stored.absmax.view(torch.uint8).int(), absmax_table(stored.absmax.device).unsqueeze(1))
+    groups = F.pad(values.view(-1), (0, -len(values) % GROUP)).view(-1, GROUP)
     return (groups * scale[:-1].unsqueeze(1)).flatten()[: len(values)] + scale[-1]
 
 
-def dequantize(stored: FourBits, kind: FourBitKind, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return the weight [shape] in `dtype`; products are fp32 and rounded once. Chunks keep fp32 copies small."""
-    absmax = whole_absmax(stored)
+def dequantize(stored: FourBits, kind: FourBitKind, numel: int, dtype: torch.dtype) -> Tensor:
+    """Return the flat weight [n] in `dtype`; products are fp32 and rounded once. Chunks keep fp32 copies small."""
+    absmax = absmax_of(stored)
     pairs = _pairs(kind, stored.codes.device)
     codes = stored.codes.view(torch.uint8).view(-1)
-    numel = shape.numel()
     weight = torch.empty(numel, dtype=dtype, device=codes.device)
     chunk = _CHUNK if codes.is_cpu else _CHUNK_CUDA
     # On the meta device one chunk shows what all take.
@@ -169,7 +180,19 @@ def dequantize(stored: FourBits, kind: FourBitKind, shape: torch.Size, dtype: to
         values[:full].view(-1, BLOCK).mul_(scales[: full // BLOCK].unsqueeze(1))
         values[full:].mul_(scales[full // BLOCK :])
         weight[start:end].copy_(values)
-    return weight.view(shape)
+    return weight
+
+
+def dequantize_rows(stored: FourBits, kind: FourBitKind, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return some rows [n, width] of a weight whose rows have `width` weights; `rows` [n] are their numbers."""
+    scale = stored.scale.view(torch.float32)
+    flat = rows.unsqueeze(1) * width
+    blocks = flat // BLOCK + torch.arange(width // BLOCK, device=rows.device)  # [n, width / 64]
+    indices = stored.absmax.view(torch.uint8)[blocks].int()
+    absmax = absmax_table(rows.device)[indices] * scale[:-1][blocks // GROUP] + scale[-1]
+    codes = stored.codes.view(torch.uint8).view(-1, width // 2)[rows].int()
+    values = F.embedding(codes, _pairs(kind, rows.device)).view(len(rows), -1, BLOCK)
+    return values.mul_(absmax.unsqueeze(2)).flatten(1).to(dtype)
 
 
 @cache
