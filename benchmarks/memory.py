@@ -27,19 +27,19 @@ from benchmarks.shapes import Q_AND_V
 from hyperscale.config.run import Recipe
 from hyperscale.data.collate import IGNORED, Batch
 from hyperscale.engine.collective import TorchCollective
+from hyperscale.engine.deepspeed_names import shard_of
 from hyperscale.engine.ds_config import read_ds_config, read_sharding
 from hyperscale.engine.zero import ZeroEngine
 from hyperscale.model.architectures import architecture_of
 from hyperscale.model.backbone import DTYPES, open_backbone
-from hyperscale.planning.memory import describe_run, plan_memory
+from hyperscale.planning.memory import MemoryPlan, describe_run, plan_memory
 from hyperscale.run.worker import build_engine
 from hyperscale.tracking.provenance import package_versions
-from tests.gathers import held_elements
 
 RANKS = 2
 STEPS = 2
-ROWS, SOURCE, TARGET = 16, 48, 16
 MIB = 2**20
+SHARDS = ("backbone shard", "second shard (hpZ)")
 CPU = torch.device("cpu")
 
 
@@ -52,6 +52,10 @@ class Case:
     resident: str
     checkpointing: bool
     preset: str = "zero3"
+    quantization: str = "none"
+    shape: tuple[int, int, int] = (16, 48, 16)
+    """Rows of a micro-batch, tokens of their prompts and of their answers."""
+    generated_budget: str = "4GiB"
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -98,6 +102,10 @@ CASES = (
     Case("qwen3-110m", "float32", "none", False),
     Case("gemma2-110m", "float32", "none", False),
     Case("gemma2-110m", "bfloat16", EVERYTHING, False),
+    Case("llama-440m", "bfloat16", "none", True, quantization="int8"),
+    Case("llama-440m", "bfloat16", "none", True, quantization="nf4"),
+    Case("llama-440m", "bfloat16", "none", True, quantization="nf4_all"),
+    Case("llama-110m", "bfloat16", "none", True, "zero3", "nf4_all", (1, 1792, 256), "0B"),
 )
 SHORT = (0, 2, 3, 6, 12, 13)
 """Both families in two sizes, something of every option."""
@@ -128,18 +136,20 @@ def recipe_of(case: Case, backbone: Path) -> Recipe:
         raw["zero_optimization"]["zero_hpz_partition_size"] = RANKS
         ds_config = str(backbone.parent / "hpz.json")
         Path(ds_config).write_text(json.dumps(raw), encoding="utf-8")
+    rows, source, target = case.shape
     return Recipe.model_validate(
         {
             "name": "memory",
             "output": str(backbone.parent / "run"),
-            "backbone": {"name": str(backbone), "dtype": case.dtype},
+            "backbone": {"name": str(backbone), "dtype": case.dtype, "quantization": case.quantization},
             "adaptation": {"adapters": [Q_AND_V]},
-            "data": {"tasks": ["first", "second"], "max_source_tokens": SOURCE, "max_target_tokens": TARGET},
-            "training": {"steps": 100, "batch_size": RANKS * ROWS, "micro_batch_size": ROWS},
+            "data": {"tasks": ["first", "second"], "max_source_tokens": source, "max_target_tokens": target},
+            "training": {"steps": 100, "batch_size": RANKS * rows, "micro_batch_size": rows},
             "engine": {
                 "ds_config": ds_config,
                 "resident": case.resident,
                 "activation_checkpointing": case.checkpointing,
+                "generated_budget": case.generated_budget,
             },
             "cluster": {"workers": RANKS},
             "tracking": {"mlflow": {"enabled": False}},
@@ -147,15 +157,16 @@ def recipe_of(case: Case, backbone: Path) -> Recipe:
     )
 
 
-def longest_batch(is_encoder_decoder: bool) -> Batch:
+def longest_batch(shape: tuple[int, int, int], is_encoder_decoder: bool) -> Batch:
     """Return a micro-batch in which every row is as long as the recipe allows."""
-    length = SOURCE if is_encoder_decoder else SOURCE + TARGET
-    ids = torch.randint(3, 30000, (ROWS, length))
-    answers = torch.randint(3, 30000, (ROWS, TARGET))
-    labels = answers if is_encoder_decoder else torch.full((ROWS, length), IGNORED)
-    labels[:, -TARGET:] = answers
-    tasks = torch.arange(ROWS) % 2
-    return Batch(ids, torch.ones_like(ids), labels, tasks, ROWS * (SOURCE + TARGET))
+    rows, source, target = shape
+    length = source if is_encoder_decoder else source + target
+    ids = torch.randint(3, 30000, (rows, length))
+    answers = torch.randint(3, 30000, (rows, target))
+    labels = answers if is_encoder_decoder else torch.full((rows, length), IGNORED)
+    labels[:, -target:] = answers
+    tasks = torch.arange(rows) % 2
+    return Batch(ids, torch.ones_like(ids), labels, tasks, rows * (source + target))
 
 
 def measure(case: Case, backbone: Path) -> dict[str, Any]:
@@ -167,20 +178,38 @@ def measure(case: Case, backbone: Path) -> dict[str, Any]:
     folder = open_backbone(recipe.backbone)
     engine = build_engine(recipe, folder, TorchCollective(CPU), CPU, num_tasks=2)
     assert isinstance(engine, ZeroEngine)
-    loaded = resident_bytes("VmHWM") - before
-    batch = longest_batch(folder.architecture.is_encoder_decoder)
+    loaded, after_load = (resident_bytes(key) - before for key in ("VmHWM", "VmRSS"))
+    shards = sum(shard_of(one).nbytes for one in engine.model.backbone.parameters())
+    batch = longest_batch(case.shape, folder.architecture.is_encoder_decoder)
     for step in range(STEPS):
         engine.train_step([batch], step)
     measured = {
         "measured": resident_bytes("VmHWM") - before,
         "loading": loaded,
+        "after_load": after_load,
+        "shards": shards,
         "between_steps": resident_bytes("VmRSS") - before,
-        "held_backbone": held_elements(engine.model.backbone) * DTYPES[case.dtype].itemsize,
+        "held_backbone": shards + gathered_bytes(engine.model.backbone),
     }
     workload = describe_run(recipe, folder)
     plan = plan_memory(workload, read_sharding(recipe.engine, RANKS, "cpu"), engine.resident, "cpu")
     offloaded = sum(plan.host.values())
-    return measured | {"predicted": plan.total + offloaded, "moment": plan.moment, "items": dict(plan.items)}
+    return measured | {
+        "predicted": plan.total + offloaded,
+        "predicted_shards": plan_shards(plan),
+        "moment": plan.moment,
+        "items": dict(plan.items),
+    }
+
+
+def plan_shards(plan: MemoryPlan) -> int:
+    """Return the bytes of a rank's shards, on the device or offloaded."""
+    return sum(items.get(name, 0) for items in (plan.items, plan.host) for name in SHARDS)
+
+
+def gathered_bytes(backbone: torch.nn.Module) -> int:
+    """Return the bytes of what is gathered now."""
+    return sum(one.numel() * one.element_size() for one in backbone.parameters())
 
 
 def run_rank(number: int, backbone: Path, output: Path) -> None:
@@ -199,17 +228,21 @@ def run_rank(number: int, backbone: Path, output: Path) -> None:
 def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
     """Return the Markdown table, in MiB; ratios of predicted to measured beyond 15 % are marked."""
     lines = [
-        "| backbone | dtype | resident | checkpointing | preset | predicted | measured | ratio | between steps |",
-        "|---|---|---|---|---|---:|---:|---:|---:|",
+        "| backbone | stored as | rows × tokens | resident | checkpointing | preset | predicted | measured | ratio "
+        + "| between steps | shards planned | shards held |",
+        "|---|---|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for case, result in rows:
         ratio = result["predicted"] / result["measured"]
         mark = "" if abs(ratio - 1) <= 0.15 else " (beyond 15 %)"
+        stored = case.dtype if case.quantization == "none" else case.quantization
         checkpointing = "on" if case.checkpointing else "off"
         lines.append(
-            f"| {case.model} | {case.dtype} | {case.resident} | {checkpointing} | {case.preset} "
+            f"| {case.model} | {stored} | {case.shape[0]} × {sum(case.shape[1:])} | {case.resident} | {checkpointing} "
+            f"| {case.preset} "
             f"| {result['predicted'] / MIB:.0f} | {result['measured'] / MIB:.0f} | {ratio:.2f}{mark} "
-            f"| {result['between_steps'] / MIB:.0f} |"
+            f"| {result['between_steps'] / MIB:.0f} "
+            f"| {result['predicted_shards'] / MIB:.1f} | {result['shards'] / MIB:.1f} |"
         )
     return "\n".join(lines)
 
