@@ -227,11 +227,9 @@ def run_rank(number: int, backbone: Path, output: Path) -> None:
 
 def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
     """Return the Markdown table, in MiB; ratios of predicted to measured beyond 15 % are marked."""
-    lines = [
-        "| backbone | stored as | rows × tokens | resident | checkpointing | preset | predicted | measured | ratio "
-        + "| between steps | shards planned | shards held |",
-        "|---|---|---|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    titles = ["backbone", "stored as", "rows × tokens", "resident", "checkpointing", "preset", "predicted", "measured"]
+    titles += ["ratio", "between steps", "shards planned", "shards held"]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|---:|---:|---:|---:|---:|---:|"]
     for case, result in rows:
         ratio = result["predicted"] / result["measured"]
         mark = "" if abs(ratio - 1) <= 0.15 else " (beyond 15 %)"

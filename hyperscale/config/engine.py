@@ -22,6 +22,8 @@ class EngineSettings(Section):
     or an amount of memory such as `500MiB` or `2GiB`, filled block by block."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    offload_checkpoints: bool = False
+    """Keep what the blocks are recomputed from in host memory: of GPUs, with `activation_checkpointing`."""
     generated_budget: str = "4GiB"
     """The most that the generated weights of a step may take, with gradients and copies, on a rank whose blocks are
     recomputed anyway. Above it every site of a hypernetwork makes its own inside its block, twice a pass."""

@@ -60,6 +60,13 @@ class Recipe(Section):
                 f"{self.training.steps}, so the full learning rate would never be reached; "
                 f"set training.optimizer.warmup_steps={self.training.steps // 10}"
             )
+        if self.engine.offload_checkpoints and not (
+            self.engine.activation_checkpointing and self.cluster.gpus_per_worker
+        ):
+            problems.append(
+                "engine.offload_checkpoints moves checkpoints from GPUs to host memory: it needs "
+                "engine.activation_checkpointing=true and cluster.gpus_per_worker=1"
+            )
         problems += self._problems_of_start()
         if problems:
             raise ValueError("; ".join(problems))

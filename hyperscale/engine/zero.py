@@ -68,7 +68,7 @@ def shard_backbone(
         map_large_tensors()
     backbone = build_empty(folder, settings)
     if engine.activation_checkpointing:
-        set_activation_checkpointing(backbone)
+        set_activation_checkpointing(backbone, engine.offload_checkpoints)
     raw = read_ds_config(engine.ds_config)
     config = complete_ds_config(raw, training, settings, world_size, *_numels(backbone, folder.architecture))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

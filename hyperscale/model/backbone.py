@@ -27,6 +27,7 @@ from hyperscale.errors import BackboneError, nearest
 from hyperscale.model.architectures import Architecture, architecture_of
 from hyperscale.model.attention import GROUPED
 from hyperscale.model.checkpoint_files import fill_parameters, tensor_names, weight_files
+from hyperscale.model.checkpoints import keep_on_host
 from hyperscale.model.families.multimodal import Multimodal, multimodal_of
 from hyperscale.model.quantized.blocks import quantize_backbone
 from hyperscale.model.stored_names import stored_as
@@ -300,11 +301,16 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def set_activation_checkpointing(backbone: PreTrainedModel) -> None:
-    """Recompute every block in the backward pass. This sets training mode; dropout stays as configured."""
+def set_activation_checkpointing(backbone: PreTrainedModel, offload: bool = False) -> None:
+    """Recompute every block in the backward pass. This sets training mode; dropout stays as configured.
+
+    With `offload` the blocks' inputs wait in host memory.
+    """
     # transformers renamed the method after our oldest version, and newer versions warn about the old name
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     # transformers then requires gradients of the embedding's output, and ZeRO-3 would gather the embedding once more.
     backbone.disable_input_require_grads()
     backbone.train()
+    if offload:
+        keep_on_host(backbone)

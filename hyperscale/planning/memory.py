@@ -143,6 +143,7 @@ def plan_memory(
         "runtime": _RUNTIME_BYTES[device, itemsize],
     }
     host = {"backbone shard": shard, "second shard (hpZ)": second} if sharding.offload else {}
+    host |= {"checkpoints": trace.on_host} if trace.on_host else {}
     return MemoryPlan(items, worst, host, resident)
 
 
@@ -167,7 +168,7 @@ def scale_rows(first: Workload, second: Workload, rows: tuple[int, int], target:
         return int(low + share * (high - low))
 
     one, two = first.trace, second.trace
-    names = ("kept", "loss", "blocks", "small")
+    names = ("kept", "loss", "blocks", "small", "on_host")
     scaled = {name: between(getattr(one, name), getattr(two, name)) for name in names}
     return replace(first, trace=replace(one, **scaled))
 

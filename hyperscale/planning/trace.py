@@ -22,6 +22,7 @@ from hyperscale.config.run import Recipe
 from hyperscale.model.adapted import AdaptedModel, token_losses
 from hyperscale.model.backbone import DTYPES, BackboneFolder, build_empty, set_activation_checkpointing
 from hyperscale.model.build import Blueprint
+from hyperscale.model.checkpoints import bytes_on_host
 from hyperscale.model.task_encoders.registry import blank_features
 from hyperscale.planning.generated import generates_site_by_site, tasks_of_a_step
 
@@ -57,13 +58,15 @@ class Trace:
     """On top of `kept` at the worst moment inside the blocks; blocks are gathered."""
     small: int
     """The most that tensors of less than 1 MiB hold at one time, generated weights apart."""
+    on_host: int
+    """What the blocks are recomputed from, in host memory."""
 
 
 def build_meta_model(recipe: Recipe, folder: BackboneFolder) -> AdaptedModel:
     """Build what the worker builds, on the meta device: no weight is read and none allocated."""
     backbone = build_empty(folder, recipe.backbone)
     if recipe.engine.activation_checkpointing:
-        set_activation_checkpointing(backbone)
+        set_activation_checkpointing(backbone, recipe.engine.offload_checkpoints)
     backbone.to("meta")  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
     blueprint = Blueprint.of_backbone(backbone, folder.architecture, recipe.adaptation.adapters)
     with _FloatsOnMeta():
@@ -86,6 +89,7 @@ def trace_step(model: AdaptedModel, shape: StepShape) -> Trace:
         slots = torch.zeros(shape.rows, dtype=torch.int64, device="meta")
         with model.training(generation, slots, shape.tasks), _watched(model, ledger):
             logits = model.label_logits(**inputs)
+            on_host = bytes_on_host(model.backbone)
             targets = torch.zeros(num_labels, dtype=torch.int64, device="meta")
             token_losses(logits, targets).sum().backward()
         del logits
@@ -97,6 +101,7 @@ def trace_step(model: AdaptedModel, shape: StepShape) -> Trace:
         loss=ledger.peaks["loss"] - ledger.kept,
         blocks=max(0, ledger.peaks["blocks"] - ledger.kept - (generated - generation.nbytes)),
         small=ledger.most_small,
+        on_host=on_host,
     )
 
 

@@ -191,7 +191,7 @@ def build_engine(
     else:
         dense = load_dense(folder, recipe.backbone)
         if recipe.engine.activation_checkpointing:
-            set_activation_checkpointing(dense)
+            set_activation_checkpointing(dense, recipe.engine.offload_checkpoints)
         backbone = dense.to(device)  # type: ignore[arg-type]  # transformers' annotation hides nn.Module's
     blueprint = Blueprint.of_backbone(backbone, folder.architecture, recipe.adaptation.adapters)
     for kind in blueprint.kinds:
