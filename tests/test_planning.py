@@ -242,6 +242,24 @@ def test_operations_count_each_pass(tmp_path: Path) -> None:
     assert once == pytest.approx(4 * blocks * 8 * 272, rel=0.01)
 
 
+@pytest.mark.long
+def test_llama_70b_in_four_bits_fits_two_gpus_of_24_gib(tmp_path: Path) -> None:
+    """A micro-batch of 1 × 2,048 tokens; either half of the memory saved is needed."""
+    raw = scale.recipe_of(scale.write_config("LLaMA-3 70B", tmp_path), 2).model_dump(mode="json")
+    raw["data"] |= {"max_source_tokens": 1792, "max_target_tokens": 256}
+    raw["training"] |= {"batch_size": 16, "micro_batch_size": 1}
+    raw["engine"] |= {"generated_budget": "0B"}
+    totals = {}
+    for quantization, offload in (("nf4_all", True), ("nf4", True), ("nf4_all", False)):
+        raw["backbone"]["quantization"], raw["engine"]["offload_checkpoints"] = quantization, offload
+        recipe = Recipe.model_validate(raw)
+        workload = describe_run(recipe, open_shapes(recipe.backbone))
+        totals[quantization, offload] = plan_memory(workload, Sharding(2), frozenset(), "cuda").total / 2**30
+    assert totals["nf4_all", True] < 0.9 * 24
+    assert totals["nf4_all", False] - totals["nf4_all", True] == pytest.approx(79 * 2048 * 8192 * 2 / 2**30, rel=0.05)
+    assert min(totals["nf4", True], totals["nf4_all", False]) > 0.9 * 24
+
+
 def write_recipe(folder: Path, backbone: Path) -> Path:
     path = folder / "recipe.yaml"
     raw = recipe_of(backbone).model_dump(mode="json") | {"output": str(folder / "run")}

@@ -164,6 +164,7 @@ def test_an_embedding_looks_up_the_rows_of_the_stored_weight():
     ids = torch.randint(0, 300, (4, 50), generator=torch.Generator().manual_seed(0))
     ids[0, :2] = torch.tensor([0, 299])
     assert torch.equal(layer(ids), layer.dequantized(torch.bfloat16)[ids])
+    assert repr(layer).startswith("FourBitEmbedding(300, 192")  # DeepSpeed prints its model
 
 
 @dataclass

@@ -224,7 +224,9 @@ def assert_same_training(first: Trained, second: Trained, reference: Trained) ->
 
 def test_five_steps_with_the_vocabulary_in_four_bits(two_ranks: Ranks, tasks: list[str], tmp_path: Path):
     path = tiny.tiny_llama(tmp_path / "backbone", hidden_size=64)
-    sharded, alone = recipes(path, tasks, tmp_path, CHECKPOINTED | {"backbone": {"quantization": "nf4_all"}})
+    engine = {"activation_checkpointing": True, "resident": "none"}
+    changes = {"engine": engine, "backbone": {"quantization": "nf4_all"}}
+    sharded, alone = recipes(path, tasks, tmp_path, changes)
     first, second = two_ranks.run(train, sharded)
     assert_same_training(first, second, train(alone))
     assert set(first.held) == set(second.held) == {first.shard}

@@ -63,6 +63,7 @@ def family_support(architecture: Architecture) -> FamilySupport:
     """Return the support of one family."""
     projections = [name for stack in architecture.stacks for name in stack.projections]
     quantization = get_args(BackboneSettings.model_fields["quantization"].annotation)
+    left_out = {"none", "nf4_all"} if architecture.model_type in _SCALED_EMBEDDINGS else {"none"}
     trained = [name for name, packaged in PACKAGED.items() if packaged.architecture == architecture.model_class]
     return FamilySupport(
         model_type=architecture.model_type,
@@ -70,7 +71,7 @@ def family_support(architecture: Architecture) -> FamilySupport:
         encoder_decoder=architecture.is_encoder_decoder,
         projections=tuple(dict.fromkeys(projections)),
         adapters={kind: _kind(ADAPTER_SETTINGS[kind], architecture) for kind in ADAPTER_SETTINGS},
-        quantization=tuple(word for word in quantization if word != "none"),
+        quantization=tuple(word for word in quantization if word not in left_out),
         tested_with=(*trained, _RANDOM),
     )
 
@@ -96,6 +97,8 @@ def render_json(families: Sequence[FamilySupport]) -> str:
     return json.dumps([family.model_dump(mode="json") for family in families], indent=2)
 
 
+_SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
+"""Families whose embedding is a class of its own, which `nf4_all` refuses."""
 _COLUMNS = ("family", "class", "adapters", "PEFT folder", "vLLM", "quantization", "tested with")
 
 

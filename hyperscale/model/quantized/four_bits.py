@@ -134,7 +134,8 @@ class FourBitEmbedding(FourBitWeight, nn.Embedding):
     def __init__(self, embedding: nn.Embedding, stored: FourBits, kind: FourBitKind) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx = embedding.padding_idx
+        for name in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
+            setattr(self, name, getattr(embedding, name))
         self.dtype = embedding.weight.dtype
         self.store(stored, kind, embedding.num_embeddings, embedding.embedding_dim)
 
