@@ -55,7 +55,7 @@ def test_the_tables_of_settings_and_implementations_agree():
 
 
 def test_a_registered_kind_with_a_peft_form(tiny_llama_folder):
-    register_adapter_kind(ScaleSettings, Scale, peft=PEFT_METHODS["ia3"])
+    register_adapter_kind(ScaleSettings, Scale, peft=PEFT_METHODS["ia3"](None))
     chosen = AdaptationSettings.model_validate({"adapters": [{"kind": "a_scale", "targets": ["k"]}, {"kind": "lora"}]})
     assert [type(one) for one in chosen.adapters] == [ScaleSettings, LoraSettings]
     assert [kind.name for kind in build_kinds(chosen.adapters)] == ["lora", "a_scale"]  # packaged kinds act first

@@ -272,24 +272,28 @@ def _vera_method(settings: VeraSettings) -> PeftMethod:
     return PeftMethod(config, tensors, read)
 
 
-PEFT_METHODS: Mapping[str, PeftMethod] = {
-    "lora": PeftMethod(_lora_config, _lora_tensors, _read_lora),
-    "ia3": PeftMethod(_ia3_config, _ia3_tensors, _read_ia3),
-    "prefix": PeftMethod(_prefix_config, _prefix_tensors, _read_prefix),
+_LORA = PeftMethod(_lora_config, _lora_tensors, _read_lora)
+_IA3 = PeftMethod(_ia3_config, _ia3_tensors, _read_ia3)
+_PREFIXES = PeftMethod(_prefix_config, _prefix_tensors, _read_prefix)
+PEFT_METHODS: Mapping[str, Callable[[Any], PeftMethod]] = {
+    "lora": lambda _settings: _LORA,
+    "vera": _vera_method,
+    "ia3": lambda _settings: _IA3,
+    "prefix": lambda _settings: _PREFIXES,
 }
+"""Kind -> how adapters of these settings are written."""
 
 
 def _has_method(kind: str) -> bool:
-    return kind in PEFT_METHODS or kind == Vera.name or peft_method_of(kind) is not None
+    return kind in PEFT_METHODS or peft_method_of(kind) is not None
 
 
 def _method(site_map: SiteMap, adapters: Sequence[AdapterSettings]) -> PeftMethod:
     """Return how the one kind of a map is written, after `require_peft_support`."""
     kind = site_map.sites[0].kind
-    settings = next((one for one in adapters if one.kind == kind), None)
-    if isinstance(settings, VeraSettings):
-        return _vera_method(settings)
-    method = PEFT_METHODS.get(kind) or peft_method_of(kind)
+    if kind in PEFT_METHODS:
+        return PEFT_METHODS[kind](next(one for one in adapters if one.kind == kind))
+    method = peft_method_of(kind)
     if method is None:
         raise BundleError(f"{kind} adapters have no PEFT form in this installation")
     return cast(PeftMethod, method)
