@@ -1,6 +1,7 @@
 """What every test may use."""
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need a model hub
 # Offline, MLflow's telemetry removes its environment variable in a thread, and a request that reads them then fails.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+_ENCODED = tempfile.TemporaryDirectory(prefix="hyperscale-tests-")
+os.environ["HYPERSCALE_DATA_CACHE"] = _ENCODED.name  # the user's own cache stays as it is
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from hyperscale.data.tasks import Task
 from hyperscale.data.tokenization import Encoded, TaskTokenizer
 from hyperscale.errors import BackboneError, DataError
 from tests.chat_formats import CHATML_TEMPLATE, FORMATS, LLAMA3_TEMPLATE, Segments
+from tests.rows import encode_split
 from tests.tiny import TEXTS
 
 TASK = Task.model_validate({"name": "chats", "source": "chats.jsonl", "conversation": True})
@@ -387,7 +388,7 @@ def test_a_turn_that_no_token_closes_gets_eos():
 
 def test_the_reference_of_a_tool_call_is_the_call_as_the_template_writes_it():
     tokenizer = TaskTokenizer(tokenizer_of("llama3"), TASK, is_encoder_decoder=False)
-    split = tokenizer.encode_split([example(CALLS[:2]), example(SHORT)], settings())
+    split = encode_split(tokenizer, [example(CALLS[:2]), example(SHORT)], settings())
     assert [one.target for one in split.examples] == [
         '{"name": "weather", "parameters": {"city": "Rome"}}',
         "It is thin.",
@@ -400,7 +401,7 @@ def test_long_conversations_lose_their_oldest_exchanges(caplog: pytest.LogCaptur
     whole, last = encode(tokenizer, messages), encode(tokenizer, [SYSTEM, *SEVERAL[2:]])
     limits = {"max_source_tokens": len(whole.source_ids) - 1, "too_long": "truncate_source"}
     of_task = TaskTokenizer(tokenizer, TASK, is_encoder_decoder=False)
-    split = of_task.encode_split([example(messages), example(SHORT)], settings(**limits))
+    split = encode_split(of_task, [example(messages), example(SHORT)], settings(**limits))
     assert list(split.encoded) == [last, encode(tokenizer, SHORT)]
     assert (split.dropped, "task chats: 1 of 2 prompts shortened to" in caplog.text) == (0, True)
     # the loss is on what remains, in which the system message and the last exchange always are
@@ -409,14 +410,14 @@ def test_long_conversations_lose_their_oldest_exchanges(caplog: pytest.LogCaptur
     assert len(last.spans) == 2
     caplog.clear()
     assert (
-        of_task.encode_split([example(messages), example(SHORT)], settings(**limits | {"too_long": "drop"})).dropped
+        encode_split(of_task, [example(messages), example(SHORT)], settings(**limits | {"too_long": "drop"})).dropped
         == 1
     )
     assert "task chats: 1 of 2 rows left out, beyond" in caplog.text
     with pytest.raises(
         DataError, match=r"chats\.jsonl:7: task 'chats': the conversation has \d+ tokens before the last"
     ):
-        of_task.encode_split([example(messages)], settings(**limits | {"too_long": "error"}))
+        encode_split(of_task, [example(messages)], settings(**limits | {"too_long": "error"}))
 
 
 def test_a_last_exchange_that_is_too_long_loses_tokens_from_its_middle():

@@ -9,8 +9,9 @@ import torch
 
 from hyperscale.config.data import DataSettings
 from hyperscale.data.collate import IGNORED, Batch, Layout, collate_examples, collate_prompts
+from hyperscale.data.encoded import EncodedRows
 from hyperscale.data.loader import Share, TrainLoader, accumulation_steps, prompt_batches, scoring_batches
-from hyperscale.data.tokenization import Encoded, EncodedRows
+from hyperscale.data.tokenization import Encoded
 from hyperscale.errors import ConfigError
 
 PAD = 0
@@ -29,7 +30,7 @@ def examples(count: int, task: int) -> list[Encoded]:
 
 def loader(rank: int, world_size: int, micro_batch_size: int, **fields: object) -> TrainLoader:
     settings = DataSettings.model_validate({"tasks": ["t"], "bucket_steps": 3} | fields)
-    datasets = [examples(50, 0), examples(20, 1)]
+    datasets = [EncodedRows.of(examples(50, 0)), EncodedRows.of(examples(20, 1))]
     return TrainLoader(datasets, settings, 16, micro_batch_size, 3, share_of(rank, world_size))
 
 
@@ -68,7 +69,8 @@ def test_the_loss_counts_the_spans_of_a_row():
         [IGNORED, IGNORED, 7, 1, *[IGNORED] * 4],
     ]
     assert (batch.num_tokens, batch.labels.ne(IGNORED).sum()) == (12, 6)
-    assert list(EncodedRows([several, SHORT])) == [several, SHORT]
+    rows = [several, Encoded(SHORT.source_ids, SHORT.target_ids)]
+    assert list(EncodedRows.of(rows)) == rows
     with pytest.raises(ValueError, match="positions of a decoder-only model"):
         collate_examples([several], [0], Layout(PAD, is_encoder_decoder=True))
 

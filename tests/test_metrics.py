@@ -180,10 +180,8 @@ def test_span_f1_is_seqevals():
 def test_a_task_names_its_positive_answer_and_its_majority():
     pairs = task(labels={0: "different", 1: "same"}, metrics=["f1", "accuracy"], target="Answer: {label}")
     assert pairs.positive_label == "same"
-    train = [Example("x", f"Answer: {word}", ()) for word in ("same", "different", "same")]
     evaluation = [Example("x", f"Answer: {word}", ()) for word in ("same", "different", "different", "same")]
-    assert majority_score(pairs, train, evaluation) == {"f1": pytest.approx(200 / 3), "accuracy": 50}
+    assert majority_score(pairs, "Answer: same", evaluation) == {"f1": pytest.approx(200 / 3), "accuracy": 50}
     references = [example.target for example in evaluation]
     assert score(pairs, references, references) == {"f1": 100, "accuracy": 100}
-    tie = [Example("x", word, ()) for word in ("b", "a")]
-    assert majority_score(task(target="{y}"), tie, tie[:1]) == {"exact_match": 0}
+    assert majority_score(task(target="{y}"), "a", [Example("x", "b", ())]) == {"exact_match": 0}

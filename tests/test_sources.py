@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from hyperscale.data.division import text_key
 from hyperscale.data.examples import Example
 from hyperscale.data.rows import Row, read_rows
 from hyperscale.data.sources import TaskData, load_task_data
-from hyperscale.data.splits import text_key
 from hyperscale.data.tasks import Task, load_task
 from hyperscale.errors import DataError
 
@@ -34,7 +34,7 @@ def numbered(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def assert_no_text_twice(data: TaskData) -> None:
-    keys = [{text_key(example) for example in examples} for examples in data.splits.values()]
+    keys = [{text_key(example.source) for example in examples} for examples in data.splits.values()]
     assert len(set().union(*keys)) == sum(map(len, keys))
 
 
@@ -127,7 +127,7 @@ def test_validation_is_carved_by_text_whatever_the_order(tmp_path: Path):
     forward = load_task_data(task(str(write_rows(tmp_path / "a.jsonl", rows))))
     backward = load_task_data(task(str(write_rows(tmp_path / "b.jsonl", rows[::-1]))))
     assert_no_text_twice(forward)
-    assert len({text_key(example) for example in forward.splits["validation"]}) == 20
+    assert len({text_key(example.source) for example in forward.splits["validation"]}) == 20
     assert set(forward.splits["validation"]) == set(backward.splits["validation"])
     assert set(forward.splits["train"]) | set(forward.splits["validation"]) == {
         Example(f"{row['text']}?", str(row["y"]), ()) for row in rows

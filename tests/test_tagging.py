@@ -15,6 +15,7 @@ from hyperscale.data.tagging import WRITINGS, TagFormat, Tagged, read_tags, read
 from hyperscale.data.tasks import Task
 from hyperscale.data.tokenization import TaskTokenizer
 from hyperscale.errors import DataError
+from tests.rows import encode_split
 
 FLIGHT = Tagged(
     ("to", "new", "york", "on", "may", "2"), ("O", "B-city", "I-city", "O", "B-date.month_name", "B-date.day_number")
@@ -190,7 +191,7 @@ def test_every_word_has_its_sentinel_or_the_sentence_is_left_out(
     tokenizer = TaskTokenizer(t5, task("sentinels"), is_encoder_decoder=True)
     limits = {"tasks": ["t"], "max_source_tokens": 2000, "max_target_tokens": 2000}
     fits, too_long = example_of(99), example_of(100)
-    split = tokenizer.encode_split([fits, too_long], DataSettings.model_validate(limits))
+    split = encode_split(tokenizer, [fits, too_long], DataSettings.model_validate(limits))
     assert (split.examples, split.dropped) == ((fits,), 1)
     assert "1 of 2 rows left out, beyond" in caplog.text
     assert "without a sentinel for every word" in caplog.text
@@ -198,10 +199,10 @@ def test_every_word_has_its_sentinel_or_the_sentence_is_left_out(
     sentinels = t5.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(100)])
     assert [token for token in ids if token in sentinels] == sentinels  # one id each, none cut
     with pytest.raises(DataError, match=r"more words than the vocabulary has sentinels for.*divide it"):
-        tokenizer.encode_split([too_long], DataSettings.model_validate(limits | {"too_long": "error"}))
+        encode_split(tokenizer, [too_long], DataSettings.model_validate(limits | {"too_long": "error"}))
     # and no word is taken out of the middle of a sentence
     short = DataSettings.model_validate(limits | {"too_long": "truncate_source", "max_source_tokens": 20})
-    assert tokenizer.encode_split([fits, example_of(4)], short).dropped == 1
+    assert encode_split(tokenizer, [fits, example_of(4)], short).dropped == 1
 
 
 def test_generated_ids_keep_their_sentinels(t5: PreTrainedTokenizerBase, tiny_llama_folder: Path):

@@ -1,19 +1,16 @@
 """Prompts and answers as ids: one boundary everywhere, the tokenizer's own special tokens, no answer cut."""
 
-import tracemalloc
-from collections.abc import Sequence
-
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hyperscale.config.data import DataSettings
-from hyperscale.data import tokenization
 from hyperscale.data.examples import Example
 from hyperscale.data.shortening import shorten
 from hyperscale.data.tasks import Task
-from hyperscale.data.tokenization import Encoded, EncodedRows, TaskTokenizer
+from hyperscale.data.tokenization import TaskTokenizer
 from hyperscale.errors import BackboneError, DataError
+from tests.rows import encode_split
 
 TEXTS = [
     "Review: a fine film\nSentiment: positive",
@@ -83,7 +80,7 @@ def t5() -> PreTrainedTokenizerFast:
 
 def test_decoder_only_joins_prompt_and_answer_at_the_space(gpt: PreTrainedTokenizerFast):
     tokenizer = TaskTokenizer(gpt, task(), is_encoder_decoder=False)
-    split = tokenizer.encode_split([REVIEW], settings())
+    split = encode_split(tokenizer, [REVIEW], settings())
     (encoded,) = split.encoded
     assert (split.examples, split.dropped) == ((REVIEW,), 0)
     whole = gpt("Review: a fine film\nSentiment: positive")["input_ids"]
@@ -92,14 +89,14 @@ def test_decoder_only_joins_prompt_and_answer_at_the_space(gpt: PreTrainedTokeni
     assert gpt.decode(encoded.target_ids) == " positive</s>"
     assert encoded.num_tokens == len(whole) + 1
     # the very ids that scoring and generation see
-    assert tokenizer.encode_prompts([REVIEW.source]) == [encoded.source_ids]
+    assert tokenizer.encode_prompts([REVIEW.source]) == [tuple(encoded.source_ids)]
     assert encoded.candidate_ids == tokenizer.encode_candidates(["negative", "positive"])
-    assert encoded.candidate_ids[1] == encoded.target_ids[:-1]
+    assert encoded.candidate_ids[1] == tuple(encoded.target_ids[:-1])
     assert tokenizer.decode([*encoded.target_ids, 17, 18]) == "positive"
     # trailing spaces of a template make no second boundary; an answer may bring its own
-    assert tokenizer.encode_prompts([REVIEW.source + "  "]) == [encoded.source_ids]
+    assert tokenizer.encode_prompts([REVIEW.source + "  "]) == [tuple(encoded.source_ids)]
     assert tokenizer.encode_answers([" positive", "\npositive"]) == [
-        encoded.target_ids,
+        tuple(encoded.target_ids),
         (*gpt("\npositive", add_special_tokens=False)["input_ids"], gpt.eos_token_id),
     ]
 
@@ -113,7 +110,7 @@ def test_a_prompt_is_never_closed_and_bos_is_the_tokenizers_own_choice():
 def test_a_tokenizer_that_puts_the_space_itself_gets_none(t5: PreTrainedTokenizerFast):
     llama2 = sentencepiece_like("$A")
     tokenizer = TaskTokenizer(llama2, task(), is_encoder_decoder=False)
-    (encoded,) = tokenizer.encode_split([REVIEW], settings()).encoded
+    (encoded,) = encode_split(tokenizer, [REVIEW], settings()).encoded
     whole = llama2("Review: a fine film\nSentiment: positive")["input_ids"]
     assert [*encoded.source_ids, *encoded.target_ids[:-1]] == whole
     assert tokenizer.decode(encoded.target_ids) == "positive"
@@ -121,11 +118,11 @@ def test_a_tokenizer_that_puts_the_space_itself_gets_none(t5: PreTrainedTokenize
 
 def test_encoder_decoder_closes_both_sides(t5: PreTrainedTokenizerFast):
     tokenizer = TaskTokenizer(t5, task(), is_encoder_decoder=True)
-    (encoded,) = tokenizer.encode_split([REVIEW], settings()).encoded
+    (encoded,) = encode_split(tokenizer, [REVIEW], settings()).encoded
     assert list(encoded.source_ids) == t5(REVIEW.source)["input_ids"]
     assert list(encoded.target_ids) == t5("positive")["input_ids"]
     assert encoded.source_ids[-1] == encoded.target_ids[-1] == t5.eos_token_id
-    assert encoded.candidate_ids[1] == encoded.target_ids[:-1]
+    assert encoded.candidate_ids[1] == tuple(encoded.target_ids[:-1])
     assert tokenizer.decode(encoded.target_ids) == "positive"
     plain = sentencepiece_like("$A")  # one that does not close texts by itself
     (ids,) = TaskTokenizer(plain, task(), is_encoder_decoder=True).encode_prompts(["a film"])
@@ -148,7 +145,7 @@ def test_chat_uses_the_tokenizers_template(gpt: PreTrainedTokenizerFast):
     chatty = byte_level()
     chatty.chat_template = CHAT
     tokenizer = TaskTokenizer(chatty, task(chat=True, system="Be brief."), is_encoder_decoder=False)
-    (encoded,) = tokenizer.encode_split([REVIEW], settings()).encoded
+    (encoded,) = encode_split(tokenizer, [REVIEW], settings()).encoded
     text = f"<s>system\nBe brief.</s>\n<s>user\n{REVIEW.source}</s>\n<s>assistant\n"
     assert chatty.decode(encoded.source_ids) == text  # one bos a turn: the template's, and none of the tokenizer's
     assert chatty.decode(encoded.target_ids) == "positive</s>"
@@ -165,11 +162,11 @@ def test_limits_drop_reject_or_shorten_rows_but_never_cut_an_answer(
     examples = [long_source, REVIEW, long_target]
     limits = {"max_source_tokens": 16, "max_target_tokens": 4}
 
-    dropping = tokenizer.encode_split(examples, settings(**limits))
+    dropping = encode_split(tokenizer, examples, settings(**limits))
     assert (dropping.examples, dropping.dropped) == ((REVIEW,), 2)
     assert "2 of 3 rows left out" in caplog.text
 
-    shortened = tokenizer.encode_split(examples, settings(too_long="truncate_source", **limits))
+    shortened = encode_split(tokenizer, examples, settings(too_long="truncate_source", **limits))
     assert (shortened.examples, shortened.dropped) == ((long_source, REVIEW), 1)
     ids = shortened.encoded[0].source_ids
     assert len(ids) == 16
@@ -178,9 +175,9 @@ def test_limits_drop_reject_or_shorten_rows_but_never_cut_an_answer(
     assert text.endswith("film \nSentiment:")
 
     with pytest.raises(DataError, match=r"task 't': a row has \d+ source and 2 target tokens.*raise the limits"):
-        tokenizer.encode_split(examples, settings(too_long="error", **limits))
+        encode_split(tokenizer, examples, settings(too_long="error", **limits))
     with pytest.raises(DataError, match="all 1 rows of a split are empty or beyond 16 source"):
-        tokenizer.encode_split([long_target], settings(**limits))
+        encode_split(tokenizer, [long_target], settings(**limits))
 
 
 def test_answers_that_are_too_long_to_generate_are_reported(
@@ -188,9 +185,9 @@ def test_answers_that_are_too_long_to_generate_are_reported(
 ):
     tokenizer = TaskTokenizer(gpt, task(max_new_tokens=3), is_encoder_decoder=False)
     answers = [example("Review:", "positive " * count) for count in (1, 6)]
-    tokenizer.encode_split([answers[0], REVIEW], settings())
+    encode_split(tokenizer, [answers[0], REVIEW], settings())
     assert caplog.text == ""
-    tokenizer.encode_split(answers, settings())
+    encode_split(tokenizer, answers, settings())
     assert "task t: 1 of 2 answers have more than max_new_tokens 3, up to" in caplog.text
 
 
@@ -202,41 +199,8 @@ def test_shorten_keeps_both_ends():
 
 def test_an_empty_prompt_cannot_be_continued():
     bare = byte_level(prefix="")
-    split = TaskTokenizer(bare, task(), is_encoder_decoder=False).encode_split([example("", "a"), REVIEW], settings())
+    split = encode_split(TaskTokenizer(bare, task(), is_encoder_decoder=False), [example("", "a"), REVIEW], settings())
     assert (split.examples, split.dropped) == ((REVIEW,), 1)
     bare.eos_token = None
     with pytest.raises(BackboneError, match="no end-of-sequence token"):
         TaskTokenizer(bare, task(), is_encoder_decoder=False).encode_prompts(["a"])
-
-
-def test_encoded_rows_take_four_bytes_a_token_and_read_back_as_they_were():
-    candidates = ((1, 2), (3,))
-    rows = [Encoded(tuple(range(row, row + 100)), (7, 100_000 + row), candidates) for row in range(1000)]
-    tracemalloc.start()
-    encoded = EncodedRows(rows)
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert held / sum(row.num_tokens for row in rows) < 4.7  # 30 as tuples; 0.24 are a row's two ends and its labels
-    assert list(encoded) == rows
-    assert (encoded[-1], len(encoded), list(encoded[3:5])) == (rows[-1], 1000, rows[3:5])
-    assert encoded.num_tokens == [row.num_tokens for row in rows]
-    with pytest.raises(IndexError):
-        encoded[1000]
-
-
-def test_chunks_encode_as_one_call_does(t5: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch):
-    tokenizer = TaskTokenizer(t5, task(), is_encoder_decoder=True)
-    examples = [example(f"Review: number {row}", "positive") for row in range(7)]
-    whole = tokenizer.encode_split(examples, settings())
-    sizes: list[int] = []
-    encode = TaskTokenizer.encode_prompts
-
-    def note(self: TaskTokenizer, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        sizes.append(len(prompts))
-        return encode(self, prompts)
-
-    monkeypatch.setattr(TaskTokenizer, "encode_prompts", note)
-    monkeypatch.setattr(tokenization, "_CHUNK", 3)
-    assert tokenizer.encode_split(examples, settings()) == whole
-    assert sizes == [3, 3, 1]
-    assert isinstance(whole.encoded, EncodedRows)

@@ -34,28 +34,42 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
+def building(target: Path, setting: str = "HYPERSCALE_CACHE") -> Iterator[Path]:
     """Lock `target`, then yield an empty scratch folder on the same file system.
 
     The caller checks again whether another process has built `target` meanwhile, writes into the scratch folder, and
     moves the result into place with `publish`. Anything left in the scratch folder is removed, also after a process
     was killed.
 
+    Args:
+        setting: names the folder in messages.
+
     Raises:
         AssetError: the cache folder cannot be written or locked.
     """
     scratch = target.parent / f".{target.name}.partial"
-    with _locked(target):
+    with _locked(target, setting):
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             yield scratch
         except OSError as error:
             if error.errno in _FOLDER_FAULTS:
-                raise _unusable(target, error) from error
+                raise _unusable(target, error, setting) from error
             raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the scratch folders that killed processes left below `folder`; those in use are locked and stay."""
+    for scratch in folder.glob("**/.*.partial"):
+        lock = _lock_of(scratch.with_name(scratch.name[1:].removesuffix(".partial")))
+        try:
+            with lock.acquire(blocking=False):
+                shutil.rmtree(scratch, ignore_errors=True)
+        except (Timeout, OSError):
+            continue  # in use, or not ours to remove
 
 
 def publish(built: Path, target: Path) -> None:
@@ -65,10 +79,14 @@ def publish(built: Path, target: Path) -> None:
     built.replace(target)
 
 
+def _lock_of(target: Path) -> FileLock:
+    return FileLock(target.parent / f".{target.name}.lock")
+
+
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def _locked(target: Path, setting: str) -> Iterator[None]:
     # The kernel releases the lock when the process ends, so a kill -9 leaves nothing to clean up.
-    lock = FileLock(target.parent / f".{target.name}.lock")
+    lock = _lock_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -77,15 +95,15 @@ def _locked(target: Path) -> Iterator[None]:
             _log.info("waiting for another process that is preparing %s", target)
             lock.acquire()
     except OSError as error:
-        raise _unusable(target, error) from error
+        raise _unusable(target, error, setting) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _unusable(target: Path, error: OSError) -> AssetError:
+def _unusable(target: Path, error: OSError, setting: str) -> AssetError:
     return AssetError(
         f"Cannot prepare {target}: {error.strerror}. "
-        "Set HYPERSCALE_CACHE to a writable folder with enough space, on a file system that supports locks."
+        f"Set {setting} to a writable folder with enough space, on a file system that supports locks."
     )

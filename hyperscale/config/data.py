@@ -42,6 +42,9 @@ class DataSettings(Section):
     """What happens to a row that exceeds a token limit. A target is never cut: if the target is too long,
     `truncate_source` drops the row. It takes tokens out of the middle of a prompt; a conversation first loses its
     oldest exchanges."""
+    cache_folder: str | None = None
+    """Folder of the encoded rows on each machine; by default `HYPERSCALE_DATA_CACHE`, else `encoded` in the folder
+    `HYPERSCALE_CACHE`."""
 
     @model_validator(mode="after")
     def _tasks_fit(self) -> Self:

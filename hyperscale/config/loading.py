@@ -21,6 +21,7 @@ _PATHS: Mapping[str, Callable[[Path], bool]] = {
     "engine.ds_config": lambda path: path.suffix == ".json",
     "data.tasks": lambda path: path.suffix in (".yaml", ".yml"),
     "data.task_folders": lambda _path: True,
+    "data.cache_folder": lambda _path: True,
 }
 """The settings that may name files, each with a test that tells a file from a packaged name or a hub id."""
 

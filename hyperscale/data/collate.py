@@ -6,10 +6,12 @@ Shapes: B rows, T tokens of the longest row, L label positions (L = T for a deco
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hyperscale.data.tokenization import Encoded, TokenIds
+from hyperscale.data.tokenization import Encoded, RowIds
 
 IGNORED = -100
 """Label of a position without loss, as in PyTorch's cross entropy."""
@@ -70,19 +72,29 @@ class Layout:
     is_encoder_decoder: bool
 
 
-def collate(sources: Sequence[TokenIds], answers: Sequence[TokenIds], tasks: Sequence[int], layout: Layout) -> Batch:
-    """Make a batch of prompts, their answers and their task indices."""
+def collate(sources: Sequence[RowIds], answers: Sequence[RowIds], tasks: Sequence[int], layout: Layout) -> Batch:
+    """Make a batch of prompts, their answers and their task indices. The loss counts the whole answers."""
+    counts = [len(answer) for answer in answers]
     if layout.is_encoder_decoder:
-        inputs, labels = list(sources), list(answers)
+        widths, inputs, labels = (
+            list(map(len, sources)),
+            _padded(sources, layout.pad_token_id),
+            _padded(answers, IGNORED),
+        )
     else:
-        inputs = [source + answer for source, answer in zip(sources, answers, strict=True)]
-        labels = [(IGNORED,) * len(source) + answer for source, answer in zip(sources, answers, strict=True)]
+        widths = [len(source) + count for source, count in zip(sources, counts, strict=True)]
+        inputs = np.full((len(widths), max(widths)), layout.pad_token_id, np.int64)
+        labels = np.full(inputs.shape, IGNORED, np.int64)
+        for row, (source, answer) in enumerate(zip(sources, answers, strict=True)):
+            inputs[row, : len(source)] = source
+            inputs[row, len(source) : widths[row]] = answer
+            labels[row, len(source) : widths[row]] = answer
     return Batch(
-        input_ids=_padded(inputs, layout.pad_token_id),
-        attention_mask=_padded([(1,) * len(row) for row in inputs], 0),
-        labels=_padded(labels, IGNORED),
+        input_ids=torch.from_numpy(inputs),
+        attention_mask=_mask(widths),
+        labels=torch.from_numpy(labels),
         task_index=torch.tensor(tasks, dtype=torch.int64),
-        num_tokens=sum(map(len, sources)) + sum(map(len, answers)),
+        num_tokens=sum(map(len, sources)) + sum(counts),
     )
 
 
@@ -98,21 +110,15 @@ def collate_examples(examples: Sequence[Encoded], tasks: Sequence[int], layout: 
         return batch
     if layout.is_encoder_decoder:
         raise ValueError("spans are positions of a decoder-only model")
-    labels = _padded([_labels_of(one) for one in examples], IGNORED)
+    labels = torch.full_like(batch.labels, IGNORED)
+    for row, one in enumerate(examples):
+        for first, end in one.spans or ((len(one.source_ids), one.num_tokens),):
+            labels[row, first:end] = batch.input_ids[row, first:end]
     return replace(batch, labels=labels)
 
 
-def _labels_of(example: Encoded) -> TokenIds:
-    """Return the ids where the loss counts them, `IGNORED` elsewhere."""
-    ids = example.source_ids + example.target_ids
-    labels = [IGNORED] * len(ids)
-    for first, end in example.spans or ((len(example.source_ids), len(ids)),):
-        labels[first:end] = ids[first:end]
-    return tuple(labels)
-
-
 def collate_prompts(
-    sources: Sequence[TokenIds], tasks: Sequence[int], limits: Sequence[int], rows: Sequence[int], layout: Layout
+    sources: Sequence[RowIds], tasks: Sequence[int], limits: Sequence[int], rows: Sequence[int], layout: Layout
 ) -> PromptBatch:
     """Make a batch of prompts for generation.
 
@@ -122,17 +128,23 @@ def collate_prompts(
     """
     left = not layout.is_encoder_decoder
     return PromptBatch(
-        input_ids=_padded(sources, layout.pad_token_id, left),
-        attention_mask=_padded([(1,) * len(source) for source in sources], 0, left),
+        input_ids=torch.from_numpy(_padded(sources, layout.pad_token_id, left)),
+        attention_mask=_mask(list(map(len, sources)), left),
         task_index=torch.tensor(tasks, dtype=torch.int64),
         max_new_tokens=torch.tensor(limits, dtype=torch.int64),
         rows=tuple(rows),
     )
 
 
-def _padded(rows: Sequence[TokenIds], value: int, left: bool = False) -> Tensor:
+def _padded(rows: Sequence[RowIds], value: int, left: bool = False) -> NDArray[np.int64]:
     width = max(map(len, rows))
-    pads = [(value,) * (width - len(row)) for row in rows]
-    return torch.tensor(
-        [pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)], dtype=torch.int64
-    )
+    padded = np.full((len(rows), width), value, np.int64)
+    for number, row in enumerate(rows):
+        padded[number, width - len(row) if left else 0 : width if left else len(row)] = row
+    return padded
+
+
+def _mask(lengths: Sequence[int], left: bool = False) -> Tensor:
+    """Return int64 [B, T]: 1 on the tokens of rows of these lengths."""
+    counts, places = torch.tensor(lengths)[:, None], torch.arange(max(lengths))[None, :]
+    return (places >= max(lengths) - counts if left else places < counts).long()

@@ -20,6 +20,7 @@ from hyperscale.data.collate import (
     collate_examples,
     collate_prompts,
 )
+from hyperscale.data.encoded import EncodedRows
 from hyperscale.data.mixture import Mixture, Sample
 from hyperscale.data.tokenization import Encoded, TokenIds
 from hyperscale.errors import ConfigError
@@ -55,7 +56,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        datasets: Sequence[Sequence[Encoded]],
+        datasets: Sequence[EncodedRows],
         settings: DataSettings,
         batch_size: int,
         micro_batch_size: int,
@@ -67,8 +68,7 @@ class TrainLoader:
         self._accumulation_steps = accumulation_steps(batch_size, micro_batch_size, share.world_size)
         self._micro_batch_size = micro_batch_size
         self._share = share
-        lengths = [[example.num_tokens for example in dataset] for dataset in datasets]
-        self._mixture = Mixture(lengths, settings, batch_size, seed)
+        self._mixture = Mixture([dataset.num_tokens for dataset in datasets], settings, batch_size, seed)
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next optimizer step; all ranks run similar lengths at one time."""

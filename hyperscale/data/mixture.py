@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hyperscale.config.data import DataSettings, MixtureSettings
 from hyperscale.data.random_stream import Ints, RandomStream
 from hyperscale.errors import CheckpointError
+
+Lengths = Sequence[int] | NDArray[Any]
 
 _WINDOW, _EPOCH = 0, 1
 """Purposes of random streams. Each is seeded by (seed, purpose, counters), so none depends on earlier draws."""
@@ -45,9 +48,13 @@ class Mixture:
     the samples are in order of length.
     """
 
-    def __init__(self, lengths: Sequence[Sequence[int]], settings: DataSettings, batch_size: int, seed: int) -> None:
-        """`lengths`: tokens of every training example of every task; `batch_size`: samples of a step on all ranks."""
-        self._lengths: list[Ints] = [np.asarray(of_task, dtype=np.int64) for of_task in lengths]
+    def __init__(self, lengths: Sequence[Lengths], settings: DataSettings, batch_size: int, seed: int) -> None:
+        """`lengths`: tokens of every training example of every task; `batch_size`: samples of a step on all ranks.
+
+        Arrays of lengths are kept as they are. For each row there are only its length and its place in the order of the
+        epoch, 4 bytes.
+        """
+        self._lengths = [np.asarray(of_task) for of_task in lengths]
         self._rates = rates([len(of_task) for of_task in lengths], settings.mixture)
         self._settings = settings
         self._batch_size = batch_size
@@ -135,7 +142,9 @@ class Mixture:
 
     def _epoch_order(self, task: int, epoch: int) -> Ints:
         if self._orders.get(task, (-1,))[0] != epoch:
-            self._orders[task] = (epoch, self._random(_EPOCH, task, epoch).permutation(len(self._lengths[task])))
+            self._orders.pop(task, None)  # first, so that two orders are never held at once
+            order = self._random(_EPOCH, task, epoch).permutation(len(self._lengths[task]))
+            self._orders[task] = (epoch, order.astype(np.min_scalar_type(len(order))))
         return self._orders[task][1]
 
     def _random(self, *counters: int) -> RandomStream:

@@ -56,6 +56,9 @@ class HubSource(Section):
     """Our split -> its name on the hub; by default every split with the same name."""
     columns: dict[str, str] | None = None
     """Our column -> its name on the hub, if the names differ."""
+    streaming: bool = False
+    """Read the rows from the hub one by one while they are encoded. Without it, `datasets` first downloads the whole
+    data set and converts it on disk."""
     folder: str | None = None
     """A folder with the same rows in our columns, as train, validation and test files. It is read instead of the hub
     if its variables are set and it exists; its path is written as in a file source."""

@@ -6,6 +6,7 @@ that was begun with numpy's own draws continues.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import chain, repeat
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 _LOW_HALF = np.uint64(0xFFFFFFFF)
+_SMALL = 10_000
+"""Orders of this size are computed here in milliseconds."""
 
 
 class RandomStream:
@@ -30,8 +33,14 @@ class RandomStream:
     def permutation(self, size: int) -> Ints:
         """Return the numbers below `size` in random order: Fisher and Yates's shuffle, from the last place down.
 
-        Each place is drawn by rejection from the low bits of 32-bit numbers.
+        Each place is drawn by rejection from the low bits of 32-bit numbers. Large orders come from numpy itself, in
+        compiled code and without Python's integers, where this numpy draws what is computed here.
         """
+        if size > _SMALL and _numpy_permutes_alike():
+            return np.random.Generator(self._bits).permutation(size)
+        return self._permutation(size)
+
+    def _permutation(self, size: int) -> Ints:
         order = list(range(size))
         numbers, place = self._halves(size), size - 1
         while place > 0:
@@ -53,3 +62,11 @@ class RandomStream:
         words = self._bits.random_raw(num_words)
         halves: list[int] = np.stack([words & _LOW_HALF, words >> np.uint64(32)], axis=1).ravel().tolist()
         return halves
+
+
+@cache
+def _numpy_permutes_alike() -> bool:
+    """Whether this numpy's permutations are those that are computed here, at a size that needs 17 bits."""
+    size = 2**16 + 4321
+    ours = RandomStream(0)._permutation(size)
+    return bool(np.array_equal(np.random.Generator(RandomStream(0)._bits).permutation(size), ours))

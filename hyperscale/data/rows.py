@@ -26,12 +26,31 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file is missing, its suffix is unknown, or a line is malformed.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    check_file(path)
+    return READERS[path.suffix.lower()](path)
+
+
+def check_file(path: Path) -> Path:
+    """Return the path of a file of rows.
+
+    Raises:
+        DataError: the file is missing, or its suffix is unknown.
+    """
+    if path.suffix.lower() not in READERS:
         raise DataError(f"{path}: unknown kind of file '{path.suffix}'; rows are read from {', '.join(READERS)}")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    return reader(path)
+    return path
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of a file, read again at every iteration."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[Row]:
+        return read_rows(self.path)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

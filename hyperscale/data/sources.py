@@ -1,18 +1,20 @@
 """Opens a task's source and returns its examples by split, ready for tokenisation."""
 
 import hashlib
-import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hyperscale.assets.datasets import open_dataset
 from hyperscale.data import templates
 from hyperscale.data.examples import Example, label_value, renderer
-from hyperscale.data.hub import open_hub, printable
+from hyperscale.data.file_digest import file_digest
+from hyperscale.data.hub import hub_content, open_hub, printable
 from hyperscale.data.origins import SPLITS, AssetSource, FileSource, HubSource, Split, unset_variable
-from hyperscale.data.rows import READERS, Row, read_rows
-from hyperscale.data.splits import carve_validation, limit, without_texts_of
+from hyperscale.data.rendering import hashed, render_chunk, select_rows, store_texts, unpack_texts
+from hyperscale.data.rows import READERS, FileRows, Row, check_file
 from hyperscale.data.tasks import Task
 from hyperscale.errors import DataError
 from hyperscale.logger import get_logger
@@ -21,6 +23,18 @@ _logger = get_logger(__name__)
 
 _MOST_LABELS = 200
 """Every row scores every candidate, so a column with more values than this must be treated as free text."""
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """Where the rows of a task are."""
+
+    printed: str
+    """Printable origin: `file:…`, `asset:…` or `hub:…`."""
+    content: str
+    """Identifies the rows: equal for equal files, wherever they are."""
+    read: Callable[[], Mapping[Split, Iterable[Row]]]
+    """Opens the rows of each split. They can be iterated more than once, and each time they are read anew."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class TaskData:
 def load_task_data(
     task: Task, train_limit: int | None = None, validation_limit: int | None = None, test_limit: int | None = None
 ) -> TaskData:
-    """Read a task's rows and divide them into splits that share no text.
+    """Read a task's rows into memory and divide them into splits that share no text.
 
     If the source has no validation rows, a tenth of the training texts becomes the validation split. A text that
     occurs in two splits stays in the later one of train, validation, test. Limits count rows.
@@ -48,39 +62,39 @@ def load_task_data(
     Raises:
         DataError: a file, column or label is missing or wrong (with file and line), or a split has no rows.
     """
-    rows, source = _open(task)
-    task = _with_labels(task, [row for split in rows.values() for row in split])
-    render = renderer(task).example
-    examples = {split: [render(row) for row in rows[split]] for split in SPLITS if split in rows}
-    for split, rendered in examples.items():
-        if not rendered:
-            raise DataError(f"task '{task.name}': {source} has no rows for {split}")
-    splits = _divide(task.name, examples)
-    splits["train"] = limit(splits["train"], train_limit)
-    splits["validation"] = limit(splits["validation"], validation_limit)
-    if "test" in splits:
-        splits["test"] = limit(splits["test"], test_limit)
-    return TaskData(task, source, _digest(splits), splits)
+    source = open_source(task)
+    rows = source.read()
+    task = with_labels(task, rows)
+    candidates = renderer(task).candidates
+    limits: dict[Split, int | None] = {"train": train_limit, "validation": validation_limit, "test": test_limit}
+    digest = hashlib.sha256()
+    with TemporaryDirectory(prefix="hyperscale-") as folder:
+        stores = store_texts(
+            f"task '{task.name}': {source.printed}",
+            rows,
+            Path(folder),
+            lambda chunks: map(partial(render_chunk, task), chunks),
+        )
+        splits = {
+            split: [
+                example
+                for batch in hashed(split, stores[selection.origin].batches(selection.mask), digest)
+                for example in unpack_texts(batch, candidates)
+            ]
+            for split, selection in select_rows(task.name, stores, limits).items()
+        }
+    return TaskData(task, source.printed, digest.hexdigest(), splits)
 
 
-def without_training_texts(data: TaskData, scored: Collection[bytes]) -> TaskData:
-    """Return the task without the training rows whose texts have a digest in `scored`.
+def open_source(task: Task, memory: Path | None = None) -> OpenSource:
+    """Find a task's rows without reading them.
+
+    Args:
+        memory: a folder that remembers the digests of large files.
 
     Raises:
-        DataError: no training rows are left.
+        DataError: a file is missing, or a data set cannot be reached.
     """
-    kept = [example for example in data.splits["train"] if example.content not in scored]
-    left_out = len(data.splits["train"]) - len(kept)
-    if not left_out:
-        return data
-    if not kept:
-        raise DataError(f"task '{data.task.name}': no training rows are left; other tasks score all of their texts")
-    _logger.info("task %s: %d training rows left out because another task scores their texts", data.task.name, left_out)
-    splits = {**data.splits, "train": kept}
-    return replace(data, digest=_digest(splits), splits=splits)
-
-
-def _open(task: Task) -> tuple[Mapping[Split, Sequence[Row]], str]:
     match task.source:
         case FileSource() as source:
             files, printed = _files(source, task.name), f"file:{source.path or source.train}"
@@ -90,9 +104,16 @@ def _open(task: Task) -> tuple[Mapping[Split, Sequence[Row]], str]:
         case HubSource(local_folder=Path() as folder):
             files, printed = _files(FileSource(path=str(folder)), task.name), f"file:{folder}"
         case HubSource() as source:
-            return _labelled(open_hub(source, _named_columns(task)), task), printable(source)
-    rows = {split: list(read_rows(path)) for split, path in files.items()}
-    return _labelled(rows, task) if isinstance(task.source, HubSource) else rows, printed
+            named = _named_columns(task)
+            return OpenSource(printable(source), hub_content(source), lambda: _labelled(open_hub(source, named), task))
+    digests = {split: file_digest(check_file(path), memory) for split, path in files.items()}
+    kinds = {split: path.suffix.lower() for split, path in files.items()}
+    rows: Mapping[Split, Iterable[Row]] = {split: FileRows(path) for split, path in files.items()}
+    return OpenSource(
+        printed,
+        f"{sorted(digests.items())} {sorted(kinds.items())}",
+        lambda: _labelled(rows, task) if isinstance(task.source, HubSource) else rows,
+    )
 
 
 def _named_columns(task: Task) -> tuple[str, ...]:
@@ -102,23 +123,40 @@ def _named_columns(task: Task) -> tuple[str, ...]:
     return (task.label_column,) if task.label_column is not None and task.labels is None else ()
 
 
-def _labelled(rows: Mapping[Split, Sequence[Row]], task: Task) -> Mapping[Split, Sequence[Row]]:
+@dataclass(frozen=True)
+class _Labelled:
+    """Rows without those that a hub data set gives no label for."""
+
+    rows: Iterable[Row]
+    column: str
+    is_classification: bool
+
+    def __iter__(self) -> Iterator[Row]:
+        num_dropped = 0
+        for row in self.rows:
+            if self.has_label(row) or not self.is_classification:  # -1 may be a real number of another task
+                yield row
+            else:
+                num_dropped += 1
+        if num_dropped:
+            _logger.info("%d rows have no label in '%s' and are left out", num_dropped, self.column)
+
+    def has_label(self, row: Row) -> bool:
+        return row.values.get(self.column) not in (-1, "-1")
+
+
+def _labelled(rows: Mapping[Split, Iterable[Row]], task: Task) -> Mapping[Split, Iterable[Row]]:
     """Leave out what a hub data set gives no label for: rows of a classification, and whole splits of any task."""
     column = task.label_column or templates.parse(task.target).columns[0]
     if "-1" in (task.labels or ()):
         return rows
-    kept: dict[Split, Sequence[Row]] = {}
-    for split, all_rows in rows.items():
-        labelled = [row for row in all_rows if row.values.get(column) not in (-1, "-1")]
-        if not labelled and all_rows:
-            _logger.info("task %s: the %s split has no labels and is left out", task.name, split)
-        elif task.label_column is None:
-            kept[split] = all_rows  # -1 may be a real number here
-        else:
+    kept: dict[Split, Iterable[Row]] = {}
+    for split, of_split in rows.items():
+        labelled = _Labelled(of_split, column, task.label_column is not None)
+        if any(map(labelled.has_label, of_split)) or next(iter(of_split), None) is None:
             kept[split] = labelled
-            if len(labelled) < len(all_rows):
-                num_dropped = len(all_rows) - len(labelled)
-                _logger.info("task %s: %d %s rows have no label and are left out", task.name, num_dropped, split)
+        else:
+            _logger.info("task %s: the %s split has no labels and is left out", task.name, split)
     return kept
 
 
@@ -147,11 +185,18 @@ def _split_file(folder: Path, split: Split) -> Path | None:
     return next((path for suffix in READERS if (path := folder / f"{split}{suffix}").is_file()), None)
 
 
-def _with_labels(task: Task, rows: Sequence[Row]) -> Task:
-    """Take the label words from the data if the task file lists none."""
-    if task.label_column is None or task.labels is not None or not rows:
+def with_labels(task: Task, rows: Mapping[Split, Iterable[Row]]) -> Task:
+    """Take the label words from the data if the task file lists none; this reads all rows.
+
+    Raises:
+        DataError: there are too few or too many different labels.
+    """
+    column = task.label_column
+    if column is None or task.labels is not None:
         return task
-    values = sorted({label_value(row, task.label_column, task.name) for row in rows})
+    values = sorted({label_value(row, column, task.name) for of_split in rows.values() for row in of_split})
+    if not values:
+        return task
     remedy = "score it as text with metrics: [exact_match] and a target template, or list labels"
     if len(values) < 2:
         raise DataError(
@@ -162,33 +207,3 @@ def _with_labels(task: Task, rows: Sequence[Row]) -> Task:
             f"task '{task.name}': column '{task.label_column}' holds {len(values)} different values; {remedy}"
         )
     return task.model_copy(update={"labels": {value: value for value in values}})
-
-
-def _divide(task: str, examples: Mapping[Split, Sequence[Example]]) -> dict[Split, list[Example]]:
-    if "train" not in examples:
-        raise DataError(f"task '{task}': there are no training rows, only {', '.join(examples)}")
-    own_validation, test = examples.get("validation", ()), list(examples.get("test", ()))
-    train = without_texts_of(examples["train"], own_validation, test)
-    validation = without_texts_of(own_validation, test)
-    for split, left_out in (
-        ("train", len(examples["train"]) - len(train)),
-        ("validation", len(own_validation) - len(validation)),
-    ):
-        if left_out:
-            _logger.info("task %s: %d %s rows left out because a later split has their texts", task, left_out, split)
-    if not own_validation:
-        train, validation = carve_validation(train)
-        _logger.info("task %s: %d validation rows carved from the training rows", task, len(validation))
-    splits: dict[Split, list[Example]] = {"train": train, "validation": validation}
-    for split, left in splits.items():
-        if not left:
-            raise DataError(f"task '{task}': no {split} rows are left once every text is in one split only; add rows")
-    return splits | ({"test": test} if test else {})
-
-
-def _digest(splits: Mapping[Split, Sequence[Example]]) -> str:
-    digest = hashlib.sha256()
-    for split, examples in splits.items():
-        for example in examples:
-            digest.update(json.dumps([split, example.source, example.target]).encode() + b"\n")
-    return digest.hexdigest()

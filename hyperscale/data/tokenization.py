@@ -6,14 +6,15 @@ answer (`Sentiment:` + ` positive`), as most vocabularies hold words with their 
 space themselves (SentencePiece) get none from us, and neither do answers after a chat template's header.
 """
 
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import permutations, takewhile
-from typing import cast, overload
+from typing import Any, cast
 
+import numpy as np
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from hyperscale.config.data import DataSettings
@@ -25,93 +26,44 @@ from hyperscale.data.shortening import shorten
 from hyperscale.data.tagging import last_sentinel
 from hyperscale.data.tasks import Task
 from hyperscale.errors import BackboneError, DataError
-from hyperscale.logger import get_logger
-
-_logger = get_logger(__name__)
 
 TokenIds = tuple[int, ...]
+RowIds = TokenIds | NDArray[np.unsignedinteger[Any]]
+"""Ids of a row: a tuple where they were just made, a slice of a mapped file where they come from the cache."""
 
 _END_OF_REASONING = "</think>"
 """Ends the reasoning of Qwen3, SmolLM3, DeepSeek R1 and others."""
 
-_CHUNK = 10_000
-"""Rows that are encoded at once. Meanwhile their ids are lists of Python integers, which take far more than arrays."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """Token ids of one example."""
 
-    source_ids: TokenIds
+    source_ids: RowIds
     """The prompt with the special tokens of the tokenizer's own rule; ends in eos for an encoder."""
-    target_ids: TokenIds
+    target_ids: RowIds
     """The answer and eos."""
     candidate_ids: tuple[TokenIds, ...] = ()
     """All answers of a classification, in the order of the task's labels; see `encode_candidates`."""
     spans: tuple[Span, ...] = ()
     """Ranges [first, end) of `source_ids + target_ids` whose tokens the loss counts. () = the whole target."""
-    shortened: bool = field(default=False, compare=False)
-    """Whether tokens of the prompt were left out to meet `max_source_tokens`; not kept by `EncodedRows`."""
+    shortened: bool = False
+    """Whether tokens of the prompt were left out to meet `max_source_tokens`; not kept by the cache."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens that a training step runs for this example."""
         return len(self.source_ids) + len(self.target_ids)
 
-
-class EncodedRows(Sequence[Encoded]):
-    """Encoded examples in two arrays, 4 bytes a token; a row becomes an `Encoded` when it is asked for."""
-
-    def __init__(self, rows: Iterable[Encoded] = ()) -> None:
-        self._ids = array("i")
-        self._ends = array("q", [0])
-        """Where each row's source and target end, in turn, after a first 0."""
-        self._candidates: list[tuple[TokenIds, ...]] = []
-        self._spans: list[tuple[Span, ...]] = []
-        for row in rows:
-            self.append(row)
-
-    def append(self, row: Encoded) -> None:
-        for ids in (row.source_ids, row.target_ids):
-            self._ids.extend(ids)
-            self._ends.append(len(self._ids))
-        self._candidates.append(row.candidate_ids)
-        self._spans.append(row.spans)
-
-    def __len__(self) -> int:
-        return len(self._candidates)
-
-    @overload
-    def __getitem__(self, row: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, row: slice) -> "EncodedRows": ...
-    def __getitem__(self, row: int | slice) -> "Encoded | EncodedRows":
-        if isinstance(row, slice):
-            return EncodedRows(self[number] for number in range(*row.indices(len(self))))
-        place = range(len(self))[row]
-        start, middle, end = self._ends[2 * place : 2 * place + 3]
-        source, target = tuple(self._ids[start:middle]), tuple(self._ids[middle:end])
-        return Encoded(source, target, self._candidates[place], self._spans[place])
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
+        """Compare ids, whatever holds them, candidates and spans."""
+        return isinstance(other, Encoded) and self._key() == other._key()
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash(self._key())
 
-    @property
-    def num_tokens(self) -> list[int]:
-        """Each row's `Encoded.num_tokens`."""
-        return [end - start for start, end in zip(self._ends[:-1:2], self._ends[2::2], strict=True)]
-
-
-@dataclass(frozen=True)
-class EncodedSplit:
-    """The examples of one split that are within the token limits, and their ids, in the same order."""
-
-    examples: tuple[Example, ...]
-    encoded: Sequence[Encoded]
-    dropped: int
-    """Examples left out: no prompt at all, beyond a limit, or with more words than there are sentinels."""
+    def _key(self) -> tuple[object, ...]:
+        return tuple(map(int, self.source_ids)), tuple(map(int, self.target_ids)), self.candidate_ids, self.spans
 
 
 @dataclass(frozen=True)
@@ -121,43 +73,6 @@ class TaskTokenizer:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     is_encoder_decoder: bool
-
-    def encode_split(self, examples: Sequence[Example], settings: DataSettings) -> EncodedSplit:
-        """Encode a split, applying `max_source_tokens`, `max_target_tokens` and `too_long`.
-
-        Raises:
-            DataError: an example is too long under `too_long: error`, or no example is left.
-        """
-        kept: list[Example] = []
-        encoded = EncodedRows()
-        num_shortened = 0
-        for first in range(0, len(examples), _CHUNK):
-            chunk = examples[first : first + _CHUNK]
-            for example, one in zip(chunk, self.encode_examples(chunk, settings), strict=True):
-                if one is not None:
-                    kept.append(self._scored(example, one))
-                    encoded.append(one)
-                    num_shortened += one.shortened
-        self._warn_of_answers_that_end_early(encoded)
-        dropped = len(examples) - len(kept)
-        limits = f"{settings.max_source_tokens} source and {settings.max_target_tokens} target tokens"
-        if self.task.tagging is not None and self.is_encoder_decoder:
-            limits += ", or without a sentinel for every word"
-        if dropped and not kept:
-            raise DataError(
-                f"task '{self.task.name}': all {dropped} rows of a split are empty or beyond {limits}; "
-                "raise data.max_source_tokens or data.max_target_tokens"
-            )
-        if dropped:
-            _logger.warning(
-                "task %s: %d of %d rows left out, beyond %s", self.task.name, dropped, len(examples), limits
-            )
-        if num_shortened:
-            _logger.warning(
-                "task %s: %d of %d prompts shortened to %d tokens",
-                *(self.task.name, num_shortened, len(examples), settings.max_source_tokens),
-            )
-        return EncodedSplit(tuple(kept), encoded, dropped)
 
     def encode_examples(self, examples: Sequence[Example], settings: DataSettings) -> list[Encoded | None]:
         """Encode examples, each by itself; None stands for one that must be left out.
@@ -235,14 +150,14 @@ class TaskTokenizer:
         nested = any(longer[: len(shorter)] == shorter for shorter, longer in permutations(opened, 2))
         return tuple(closed if nested else opened)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int] | RowIds) -> str:
         """Return a generated answer as text: up to the first stop token, without special tokens and outer spaces.
 
         Answers of sequence labelling keep their sentinels, which are special tokens of T5. A turn of a conversation
         loses its reasoning: what is before the last `</think>`.
         """
         stops = set(self.stop_ids)
-        answer = list(takewhile(lambda one: one not in stops, token_ids))
+        answer = list(takewhile(lambda one: one not in stops, map(int, token_ids)))
         if self.task.conversation is not None:
             answer = _after_last(answer, self.tokenizer.convert_tokens_to_ids(_END_OF_REASONING))
         skip = self.task.tagging is None
@@ -298,7 +213,7 @@ class TaskTokenizer:
             for one in encoded
         ]
 
-    def _scored(self, example: Example, encoded: Encoded) -> Example:
+    def scored_example(self, example: Example, encoded: Encoded) -> Example:
         """Return an example with the reference of its answer: a tool call is written as the template writes it."""
         conversation = example.conversation
         if conversation is None or "tool_calls" not in conversation.messages[-1]:
@@ -330,16 +245,6 @@ class TaskTokenizer:
         if eos is None:
             raise BackboneError(f"the tokenizer of {self.tokenizer.name_or_path} has no end-of-sequence token")
         return cast(int, eos)
-
-    def _warn_of_answers_that_end_early(self, encoded: Sequence[Encoded]) -> None:
-        most = self.task.max_new_tokens
-        longer = [example for example in encoded if not example.candidate_ids and len(example.target_ids) - 1 > most]
-        if longer:
-            _logger.warning(
-                "task %s: %d of %d answers have more than max_new_tokens %d, up to %d: they cannot be generated whole",
-                *(self.task.name, len(longer), len(encoded), most),
-                max(len(example.target_ids) - 1 for example in longer),
-            )
 
     def _fit(self, example: Example, source: TokenIds, target: TokenIds, settings: DataSettings) -> TokenIds | None:
         """Return the prompt's ids within the limits, or None where the example must be left out."""

@@ -82,7 +82,7 @@ def split_of(stage: str) -> Split:
 def majority_record(corpus: Corpus, split: Split = "validation") -> EvaluationRecord:
     """Return the scores of always giving each task's most common training answer."""
     scores = {
-        loaded.task.name: majority_score(loaded.task, loaded.train.examples, loaded.scored(split).examples)
+        loaded.task.name: majority_score(loaded.task, loaded.most_common_answer, loaded.scored(split).examples)
         for loaded in corpus.tasks
         if loaded.scored(split).examples
     }
