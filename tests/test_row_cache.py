@@ -90,7 +90,7 @@ def test_the_second_start_reuses_what_the_first_encoded(
     assert len(entries(tmp_path / "own")) == 1
 
 
-KEY: dict[str, Any] = {"content": "c", "tokenizer": "t", "is_encoder_decoder": False, "taken": ()}
+KEY: dict[str, Any] = {"content": "c", "tokenizer": "t", "is_encoder_decoder": False, "excluded": ()}
 
 
 def key(task: dict[str, object] | None = None, settings: dict[str, object] | None = None, **fields: object) -> str:
@@ -113,11 +113,17 @@ def test_every_part_of_the_key_changes_it_and_nothing_else_does(monkeypatch: pyt
         *(key(settings={name: 7}) for name in ("max_source_tokens", "max_target_tokens")),
         *(key(settings={name: 7}) for name in ("train_limit", "validation_limit", "test_limit")),
         key(settings={"too_long": "truncate_source"}),
-        *(key(content="d"), key(tokenizer="u"), key(is_encoder_decoder=True), key(taken=(b"x",)), key(taken=(b"y",))),
+        *(
+            key(content="d"),
+            key(tokenizer="u"),
+            key(is_encoder_decoder=True),
+            key(excluded=(b"x",)),
+            key(excluded=(b"y",)),
+        ),
     ]
     monkeypatch.setattr("hyperscale.data.fingerprint.ENCODING_VERSION", ENCODING_VERSION + 1)
     assert len({same[0], *others, key()}) == len(others) + 2
-    assert key(taken=(b"x", b"y")) == key(taken=(b"y", b"x"))
+    assert key(excluded=(b"x", b"y")) == key(excluded=(b"y", b"x"))
 
 
 def test_a_tokenizers_digest_follows_what_decides_its_ids(tiny_llama_folder: Path, tmp_path: Path):

@@ -142,15 +142,15 @@ class _TaskCache:
         self._digest = tokenizer_digest(tokenizer)
         self._is_encoder_decoder = is_encoder_decoder
 
-    def open(self, task: Task, taken: Collection[bytes] = ()) -> _CachedTask:
-        """Open a task's encoded rows, or encode them. `taken`: texts that must not be among the training rows."""
+    def open(self, task: Task, excluded: Collection[bytes] = ()) -> _CachedTask:
+        """Open a task's encoded rows, or encode them. `excluded`: texts that must not be among the training rows."""
         source = open_source(task, self.folder / ".digests")
-        key = fingerprint(task, source.content, self._digest, self._is_encoder_decoder, self._settings, taken)
+        key = fingerprint(task, source.content, self._digest, self._is_encoder_decoder, self._settings, excluded)
 
         def write(folder: Path, scratch: Path) -> EntryInfo:
             rows = source.read()
             tokenizer = TaskTokenizer(self._tokenizer, with_labels(task, rows), self._is_encoder_decoder)
-            return write_entry(tokenizer, self._settings, source.printed, rows, taken, folder, scratch)
+            return write_entry(tokenizer, self._settings, source.printed, rows, excluded, folder, scratch)
 
         entry = cached(self.folder, task.name, key, write)
         labelled = task.model_copy(update={"labels": entry.info.labels})
@@ -175,8 +175,8 @@ def _without_shared_texts(tasks: Sequence[_CachedTask], cache: _TaskCache) -> li
     kept = []
     for one in tasks:
         others = [by_name[name] for name in one.task.shares_texts_with if name in by_name]
-        taken = {text for other in others for text in other.scored_texts()}
-        kept.append(cache.open(one.task, taken) if taken else one)
+        excluded = {text for other in others for text in other.scored_texts()}
+        kept.append(cache.open(one.task, excluded) if excluded else one)
     return kept
 
 

@@ -118,7 +118,7 @@ def write_entry(
     settings: DataSettings,
     source: str,
     rows: Mapping[Split, Iterable[Row]],
-    taken: Collection[bytes],
+    excluded: Collection[bytes],
     folder: Path,
     scratch: Path,
 ) -> EntryInfo:
@@ -127,7 +127,7 @@ def write_entry(
     Args:
         tokenizer: its task has its labels.
         source: printable origin of the rows, for messages.
-        taken: digests (`Example.content`) of texts that must not be among the training rows.
+        excluded: digests (`Example.content`) of texts that must not be among the training rows.
         folder: exists and is empty.
         scratch: an existing folder for files that nobody needs afterwards.
 
@@ -143,8 +143,8 @@ def write_entry(
     with Workers(encoder, where) as workers:
         stores = store_texts(where, rows, scratch, lambda chunks: workers.map("render", chunks))
         splits = select_rows(task.name, stores, row_limits(settings))
-        if taken:
-            splits["train"] = _without(taken, task.name, splits["train"], stores)
+        if excluded:
+            splits["train"] = _without(excluded, task.name, splits["train"], stores)
         digest = hashlib.sha256()
         infos: dict[Split, SplitInfo] = {}
         answer = ""
@@ -201,12 +201,12 @@ def _write_split(
     return info, np.concatenate(answers) if answers else np.zeros(0, np.uint64)
 
 
-def _without(taken: Collection[bytes], task: str, train: Selection, stores: Stores) -> Selection:
-    """Leave out the training rows whose texts have a digest in `taken`."""
+def _without(excluded: Collection[bytes], task: str, train: Selection, stores: Stores) -> Selection:
+    """Leave out the training rows whose texts have a digest in `excluded`."""
     contents = (
         content for batch in stores[train.origin].batches(train.mask) for content in batch.column("content").to_pylist()
     )
-    free = np.fromiter((content not in taken for content in contents), np.bool_)
+    free = np.fromiter((content not in excluded for content in contents), np.bool_)
     if free.all():
         return train
     if not free.any():

@@ -29,7 +29,12 @@ _OF_THE_DATA = {
 
 
 def fingerprint(
-    task: Task, content: str, tokenizer: str, is_encoder_decoder: bool, settings: DataSettings, taken: Collection[bytes]
+    task: Task,
+    content: str,
+    tokenizer: str,
+    is_encoder_decoder: bool,
+    settings: DataSettings,
+    excluded: Collection[bytes],
 ) -> str:
     """Return the key of one task's encoded rows.
 
@@ -37,7 +42,7 @@ def fingerprint(
         task: as its file has it, with or without labels from the data.
         content: identifies the rows of the source, see `sources.open_source`.
         tokenizer: `tokenizer_digest`.
-        taken: digests of texts that must not be among the training rows.
+        excluded: digests of texts that must not be among the training rows.
     """
     return _digest(
         {
@@ -48,7 +53,7 @@ def fingerprint(
             "tokenizer": tokenizer,
             "is_encoder_decoder": is_encoder_decoder,
             "settings": settings.model_dump(mode="json", include=_OF_THE_DATA),
-            "taken": _digest(sorted(one.hex() for one in taken)),
+            "excluded": _digest(sorted(one.hex() for one in excluded)),
         }
     )
 

@@ -87,8 +87,8 @@ def majority_score(task: Task, answer: str, evaluation: Sequence[Example]) -> di
 
     Of sequence labelling it is what leaving every word outside scores: `O` is its most common answer.
     """
-    given = "" if task.tagging is not None else answer
-    return score(task, [given] * len(evaluation), [example.target for example in evaluation])
+    prediction = "" if task.tagging is not None else answer
+    return score(task, [prediction] * len(evaluation), [example.target for example in evaluation])
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
