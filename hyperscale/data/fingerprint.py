@@ -6,10 +6,9 @@ and no time, so a copied file or a new checkout finds the rows that are there.
 
 import json
 from collections.abc import Collection
+from importlib.metadata import version
 from typing import Any
 
-import tokenizers
-import transformers
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +46,7 @@ def fingerprint(
     return _digest(
         {
             "version": ENCODING_VERSION,
-            "libraries": [tokenizers.__version__, transformers.__version__],
+            "libraries": [version("tokenizers"), version("transformers")],
             "task": task.model_dump(mode="json", exclude=_OF_THE_TASK),
             "content": content,
             "tokenizer": tokenizer,
@@ -64,7 +63,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         vocabulary: Any = sorted(tokenizer.get_vocab().items())
     else:
-        backend.no_padding()  # left over from another call; each of our calls sets them anew
+        backend.no_padding()  # left over from another call; each of our calls sets both
         backend.no_truncation()
         vocabulary = backend.to_str()
     arguments = {name: str(value) for name, value in tokenizer.init_kwargs.items() if name not in _PLACES}

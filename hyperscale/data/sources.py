@@ -34,7 +34,7 @@ class OpenSource:
     content: str
     """Identifies the rows: equal for equal files, wherever they are."""
     read: Callable[[], Mapping[Split, Iterable[Row]]]
-    """Opens the rows of each split. They can be iterated more than once, and each time they are read anew."""
+    """Opens the rows of each split. Every iteration reads them again."""
 
 
 @dataclass(frozen=True)
