@@ -26,6 +26,9 @@ from hyperscale.data.shortening import shorten
 from hyperscale.data.tagging import last_sentinel
 from hyperscale.data.tasks import Task
 from hyperscale.errors import BackboneError, DataError
+from hyperscale.logger import get_logger
+
+_logger = get_logger(__name__)
 
 TokenIds = tuple[int, ...]
 RowIds = TokenIds | NDArray[np.unsignedinteger[Any]]
