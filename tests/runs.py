@@ -58,7 +58,12 @@ def make_recipe(path: Path, tasks: list[str], output: Path, **changes: Mapping[s
     """Return a recipe of 5 steps of 8 rows on the backbone at `path`, in fp32; `changes`: fields of its sections."""
     sections: dict[str, dict[str, Any]] = {
         "backbone": {"name": str(path), "dtype": "float32"},
-        "adaptation": {"adapters": [{"kind": "lora", "rank": 4, "alpha": 8}, {"kind": "bottleneck", "reduction": 4}]},
+        "adaptation": {
+            "adapters": [
+                {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q", "v"]},
+                {"kind": "bottleneck", "reduction": 4},
+            ]
+        },
         "data": {"tasks": tasks, "validation_limit": 6},
         "training": {
             "steps": 5,

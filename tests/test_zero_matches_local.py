@@ -138,7 +138,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "adaptation": {
                     "generator": {"kind": generator},
                     "adapters": [
-                        {"kind": "lora", "rank": 4, "alpha": 8},
+                        {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q", "v"]},
                         {"kind": "vera", "rank": 8},
                         {"kind": "ia3"},
                         {"kind": "bottleneck", "reduction": 4, "layer_norm": True},
