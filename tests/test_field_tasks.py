@@ -296,7 +296,8 @@ def test_workers_that_read_different_rows_are_an_error(
 
 def test_the_page_lists_them_all():
     page = (Path(__file__).resolve().parent.parent / "docs" / "tasks.md").read_text()
-    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    listed = {name: cells for name, cells in rows.items() if cells.count(" | ") == 3}  # not those of metrics
     assert listed.keys() == ROWS.keys()
     for name, cells in listed.items():
         folder, columns, hub, metrics = cells.split(" | ")
