@@ -305,7 +305,7 @@ def test_a_missing_gpu_is_reported(place: Path, capsys: pytest.CaptureFixture[st
     ("changes", "fragment"),
     [
         ("adaptation.adapters.0.rank=4", "generator.adapters.0: rank was 2, is 4"),
-        ("adaptation.adapters.0.targets=[q,k,v]", "the site map had 4 sites, has 6"),
+        ("adaptation.adapters.0.targets=[q,k,v]", "the site map had 14 sites, has 6"),
         ("data.tasks=[sst2.yaml]", "tasks toy are not in this run"),
     ],
 )

@@ -68,11 +68,11 @@ def load_task_data(
     candidates = renderer(task).candidates
     limits: dict[Split, int | None] = {"train": train_limit, "validation": validation_limit, "test": test_limit}
     digest = hashlib.sha256()
-    with TemporaryDirectory(prefix="hyperscale-") as folder:
+    with TemporaryDirectory(prefix="hyperscale-") as scratch:
         stores = store_texts(
             f"task '{task.name}': {source.printed}",
             rows,
-            Path(folder),
+            Path(scratch),
             lambda chunks: map(partial(render_chunk, task), chunks),
         )
         splits = {
