@@ -19,7 +19,7 @@ class StepResult:
     """One optimizer step, summed over all ranks and micro-batches; equal on every rank."""
 
     loss: float
-    """The optimised loss: mean over label tokens, or what else `training.loss` says."""
+    """The optimised loss: the mean over label tokens, or as `training.loss` defines it."""
     task_losses: Mapping[int, float]
     """Task index -> mean loss of its label tokens, for the tasks in this step."""
     learning_rate: float
@@ -33,7 +33,7 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """Whether loss and gradient norm are numbers; if not, the step left the generator and its optimizer alone."""
+        """Whether loss and gradient norm are finite. If not, the step changed nothing."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -52,12 +52,12 @@ class Engine(Protocol):
     def train_step(self, batches: Sequence[Batch], step: int, is_last: bool = False) -> StepResult:
         """Run one optimizer step on this rank's micro-batches; `step` counts from 0.
 
-        `is_last`: this rank was asked to stop; the result tells all ranks.
+        `is_last`: whether this rank was asked to stop. The result says whether any rank was.
         """
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Turn dropout and gradients off inside the `with`; gathered parameters are let go at its end."""
+        """Turn dropout and gradients off inside the `with`; gathered parameters are released at its end."""
         ...
 
     def state(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -65,5 +65,5 @@ class Engine(Protocol):
         ...
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         ...

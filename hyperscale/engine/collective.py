@@ -1,4 +1,4 @@
-"""The few things ranks say to each other outside the backbone."""
+"""What ranks send each other outside the backbone."""
 
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ class Collective(Protocol):
 
 
 class SingleProcess:
-    """One rank, nobody to talk to."""
+    """A group of one rank, which sends nothing."""
 
     rank = 0
     world_size = 1

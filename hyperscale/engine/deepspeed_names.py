@@ -45,17 +45,17 @@ NAMES = {
         "ds_secondary_tensor": "know whether a node keeps a second set of shards (hpZ)",
         "all_gather": "fill the second set of shards (hpZ)",
         "all_gather_coalesced": "gather it, or read it from the other ranks' memory",
-        "partition": "let go of it",
+        "partition": "release it",
     },
     "a shard": {"final_location": "know whether it lies in memory"},
     "the engine's optimizer": {
-        "get_param_coordinator": "fetch whole blocks ahead, and let go of one block",
-        "partition_all_parameters": "let go of everything",
+        "get_param_coordinator": "fetch whole blocks ahead, and release one block",
+        "partition_all_parameters": "release everything",
         "_remove_module_hooks": "save the hooks' time where everything stays gathered",
     },
     "the coordinator": {
         "fetch_sub_module": "see which block is about to run",
-        "release_and_reset_all": "let go of a block",
+        "release_and_reset_all": "release a block",
         _PREFETCH_SIZE: "fetch whole blocks ahead",
         _STEP: "find the next block",
         _QUEUE: "find the next block",
@@ -79,7 +79,7 @@ class Coordinator(Protocol):
 
 
 class ParameterOffload(Protocol):
-    """What DeepSpeed puts in the optimizer's place of an engine that has none."""
+    """Replaces the optimizer in a DeepSpeed engine that has none."""
 
     def get_param_coordinator(self) -> Coordinator: ...
 
@@ -135,7 +135,7 @@ def leave_shared_memory_reduce_unbuilt() -> None:
 
 
 def convert(partitioner: Init, parameter: nn.Parameter) -> None:
-    """Turn a parameter into a sharded one, whose shard holds nothing yet; no rank sends anything.
+    """Turn a parameter into a sharded one. Its shard is empty, and no rank sends anything.
 
     Raises:
         EngineError: this DeepSpeed's parameters lack a name that is needed.
@@ -220,17 +220,17 @@ def hold(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def release(engine: DeepSpeedEngine, module: nn.Module) -> None:
-    """Let go of what is still gathered of a module."""
+    """Release the parameters of a module that are still gathered."""
     engine.optimizer.get_param_coordinator().release_and_reset_all(module)
 
 
 def release_all(engine: DeepSpeedEngine) -> None:
-    """Let go of everything that is gathered."""
+    """Release every gathered parameter."""
     engine.optimizer.partition_all_parameters()
 
 
 def remove_hooks(engine: DeepSpeedEngine) -> None:
-    """Stop fetching and releasing for good, where everything stays gathered."""
+    """Remove the hooks that fetch and release, for an engine where everything stays gathered."""
     engine.optimizer._remove_module_hooks()
 
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's own JSON: read, completed from the recipe, and checked against it for contradictions.
+"""DeepSpeed's own JSON: reads it, completes it from the recipe, and reports contradictions between the two.
 
-Never re-modelled field by field.
+Its fields are not modelled here: DeepSpeed's own names and defaults hold.
 """
 
 import json
@@ -118,7 +118,7 @@ def _unsupported(zero: Mapping[str, Any], quantization: str) -> list[str]:
 
 
 def _decides(value: Any) -> bool:
-    """Whether a key of ours says anything but "off" or "auto"."""
+    """Return whether a key that the recipe decides is set to anything but "off" or "auto"."""
     return _decides(value.get("enabled", True)) if isinstance(value, dict) else bool(value) and value != "auto"
 
 
@@ -157,7 +157,7 @@ def _fill_live_limits(zero: dict[str, Any], block_numel: int, outer_numel: int) 
 
 
 def read_sharding(engine: EngineSettings, world_size: int, device: Literal["cpu", "cuda"], nodes: int = 1) -> Sharding:
-    """Return what the run's DeepSpeed JSON says of where shards lie; the unsharded engine is one rank's whole.
+    """Return how the run's DeepSpeed JSON spreads the shards. The unsharded engine counts as one rank.
 
     CPU ranks of one node read ordinary shards from each other's memory (engine/shared_shards.py).
     """
@@ -172,5 +172,5 @@ def read_sharding(engine: EngineSettings, world_size: int, device: Literal["cpu"
 
 
 def shares_shards() -> bool:
-    """Return whether `HYPERSCALE_SHARED_SHARDS` leaves it to ranks to read each other's shards."""
+    """Return whether ranks may read each other's shards from memory: yes, unless `HYPERSCALE_SHARED_SHARDS` is 0."""
     return os.environ.get("HYPERSCALE_SHARED_SHARDS", "1") != "0"

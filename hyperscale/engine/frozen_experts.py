@@ -1,4 +1,4 @@
-"""Frozen experts whose weights ZeRO-3 may let go of between the forward and the backward pass.
+"""Frozen experts whose weights ZeRO-3 may release between the forward and the backward pass.
 
 transformers multiplies with views of the experts' parameters, and autograd keeps the views: their storage would outlive
 the release of the parameters, so that every gathered block would stay until its backward pass. Here autograd keeps only

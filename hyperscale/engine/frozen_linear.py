@@ -1,4 +1,4 @@
-"""A linear layer with a frozen weight that ZeRO-3 may let go of between the forward and the backward pass."""
+"""A linear layer with a frozen weight that ZeRO-3 may release between the forward and the backward pass."""
 
 from functools import partial
 from typing import Any

@@ -13,7 +13,7 @@ _KEPT_BYTES = 32 * 1024 * 1024
 
 
 def map_large_tensors() -> None:
-    """Let freed tensors of 1 MiB and more go back to the system at once; for this process, from now on.
+    """Return freed tensors of 1 MiB and more to the system at once, in this process, from now on.
 
     glibc raises this limit to 32 MiB as it goes and keeps what is below: with a backbone of 418 MiB and nothing
     resident, a rank stayed at 880 MiB between steps where 245 MiB were in use. It costs a tenth of the processor time
@@ -25,7 +25,7 @@ def map_large_tensors() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed again, as it does when nobody asks: faster, up to 1.7 times as large."""
+    """Let the C library keep what is freed, which is its default: faster, but up to 1.7 times the memory."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the free pages between smaller tensors back to the system; between steps, when few are in use."""
+    """Return the free pages between smaller tensors to the system. Call it between steps, when few are in use."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
@@ -52,7 +52,7 @@ def free_memory(device: torch.device) -> tuple[int, int]:
 
 
 def _available_bytes() -> int:
-    """Read what Linux could give without swapping: free pages and caches that can go."""
+    """Return what Linux can give without swapping: free pages and caches that it can drop."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -99,7 +99,7 @@ class GeneratorOptimizer:
         return moments
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `tensors` returned; parameters without an entry start afresh."""
+        """Restore what `tensors` returned. Parameters without an entry begin with empty moments."""
         for name, parameter in self._named.items():
             if f"step/{name}" in tensors:
                 state = {key: tensors[f"{key}/{name}"].to(parameter.device).clone() for key in _MOMENTS}

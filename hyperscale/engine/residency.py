@@ -1,4 +1,4 @@
-"""Which parts of a backbone stay gathered on the ranks of this run: the same on all, from the poorest one's memory."""
+"""Which parts of a backbone stay gathered. All ranks keep the same parts, as many as the rank with least memory can."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -25,7 +25,8 @@ class Residency:
     parts: frozenset[str]
     """Names of the parts that stay gathered."""
     returns_memory: bool
-    """Whether what a step frees goes back to the system: on CPUs, unless speed was asked for or memory is plenty."""
+    """Whether memory that a step frees returns to the system: on CPUs, unless the recipe asks for speed or there is
+    plenty."""
 
 
 def agree_on_resident(
@@ -37,9 +38,9 @@ def agree_on_resident(
 ) -> Residency:
     """Return what to keep; every rank must call this once its shards are loaded.
 
-    `auto` fills what is free now, less what the plan says a step adds to what is held now, less a tenth of all. Where
-    all parts and the whole plan once more find room, it lets the C library keep what is freed, as `all` does: a step
-    of `all` took 1.7 times the plan (docs/performance.md).
+    `auto` fills the memory that is free now, except a tenth of all and what the plan adds for a step. If there is room
+    for all parts and the whole plan a second time, the C library keeps what is freed, as with `all`: a step of `all`
+    took 1.7 times the plan (docs/performance.md).
     """
     is_cpu = device.type == "cpu"
     if engine.resident != "auto":

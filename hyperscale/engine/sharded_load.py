@@ -90,7 +90,7 @@ def _check_sample(name: str, share: Tensor, sample: Tensor) -> None:
 
 
 def _names(backbone: nn.Module) -> list[tuple[Any, list[str]]]:
-    """List every parameter once, with all its names: tied weights have several, of which a file may hold any."""
+    """List every parameter once, with all its names: tied weights have several, and a file may hold any of them."""
     by_id: dict[int, tuple[Any, list[str]]] = {}
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         by_id.setdefault(id(parameter), (parameter, []))[1].append(name)

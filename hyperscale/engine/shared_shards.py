@@ -1,10 +1,10 @@
 """Ranks of one machine that train on its CPUs read each other's shards from memory instead of through sockets.
 
 A frozen backbone's shards never change, so that a gather needs no message: every rank keeps its shards in a memory file
-(`memfd`), and the others read from it what they lack. NCCL does the like between the GPUs of a node. Measured on 2 gloo
+(`memfd`), and the others read from it what they lack. NCCL does the same between the GPUs of a node. Measured on 2 gloo
 ranks: a block of 7 MB takes 16 ms through DeepSpeed's flat buffers and the loopback, an embedding of 57 MB 180 ms.
 Nothing is mapped but a rank's own shards, and nothing is left behind when a rank is killed. With
-`HYPERSCALE_SHARED_SHARDS=0` in the environment gathers go through DeepSpeed all the same.
+`HYPERSCALE_SHARED_SHARDS=0` in the environment gathers go through DeepSpeed.
 """
 
 import mmap
@@ -117,7 +117,7 @@ def _close(files: Iterable[int]) -> None:
 class _Done:
     """A finished gather, as DeepSpeed's coordinator waits for it: once for each of its parameters.
 
-    Only the first time counts, since a parameter may have been let go before the coordinator asks for the last.
+    Only the first time counts, since a parameter may have been released before the coordinator asks for the last.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:

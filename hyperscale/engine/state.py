@@ -1,4 +1,4 @@
-"""What of an engine is kept in a checkpoint: the generator and its optimizer, never the backbone."""
+"""The part of an engine that a checkpoint keeps: the generator and its optimizer, never the backbone."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ def state_tensors(step: TrainingStep) -> Mapping[str, Mapping[str, Tensor]]:
 
 
 def load_tensors(step: TrainingStep, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Take up what `state_tensors` returned.
+    """Restore what `state_tensors` returned.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of another shape.

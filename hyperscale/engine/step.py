@@ -25,7 +25,7 @@ _EXPONENTS = {"token_mean": 1.0, "square_mean": 0.5, "sample_mean": 0.0, "token_
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What a step means, on any engine and any number of ranks.
+    """One step, the same on any engine and any number of ranks.
 
     The loss is normalised over the whole optimizer step: each rank sums its token losses, the one all-reduce that
     carries the gradients carries the sums and counts too, and the division comes after it. So a step is the same on
@@ -44,7 +44,7 @@ class TrainingStep:
         """Run this rank's micro-batches and update the generator; every rank must call this.
 
         A step whose loss or gradient norm is NaN or infinite changes nothing. Both are sums over all ranks, so that
-        every rank decides alike. Of `is_last` they decide alike in the same way.
+        every rank decides alike. `is_last` is summed with them.
         """
         tasks = torch.unique(torch.cat([batch.task_index for batch in batches]))
         generation = self.model.generation(tasks.to(self.device))

@@ -88,7 +88,7 @@ def shard_backbone(
 
 
 def keeps_host_memory_small(resident: str, device: torch.device) -> bool:
-    """Return whether a CPU rank's memory is to follow the plan; `engine.resident: all` asks for speed instead.
+    """Return whether a CPU rank keeps its memory at the plan's. `engine.resident: all` asks for speed instead.
 
     `auto` may choose speed once the shards are loaded (engine/residency.py). Mapping what is large and clearing its
     pages costs 15 to 18 % of a step; without it the peak was 1.7 times as high (docs/performance.md).
@@ -125,7 +125,7 @@ def _quiet_deepspeed() -> None:
 
 @dataclass(frozen=True)
 class ZeroEngine:
-    """Runs `TrainingStep` over a partitioned backbone; keeps the resident parts gathered and lets go of the others."""
+    """Runs `TrainingStep` over a partitioned backbone; keeps the resident parts gathered and releases the others."""
 
     step: TrainingStep
     deepspeed_engine: DeepSpeedEngine

@@ -40,7 +40,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Workload:
-    """A run as the planner sees it: shapes and counts, nothing of a machine."""
+    """A run as the planner sees it: shapes and counts, independent of a machine."""
 
     parts: tuple[Part, ...]
     itemsize: int
@@ -81,7 +81,7 @@ class MemoryPlan:
 
 
 def step_shape(recipe: Recipe) -> StepShape:
-    """Return the largest micro-batch of a recipe: every row as long as `data` allows, as many tasks as can meet."""
+    """Return the largest micro-batch of a recipe: every row as long as `data` allows, as many tasks as possible."""
     data, rows = recipe.data, recipe.training.micro_batch_size
     tasks = tasks_of_a_step(data, recipe.training.batch_size, recipe.cluster.workers)
     return StepShape(rows, data.max_source_tokens, data.max_target_tokens, tasks)

@@ -1,4 +1,4 @@
-"""The whole plan of a run on a machine that need not be there, and what to change where it does not fit."""
+"""The whole plan of a run, also for a machine that is elsewhere, and what to change if the run does not fit."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

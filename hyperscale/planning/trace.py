@@ -32,7 +32,7 @@ SMALL_BYTES = 1024 * 1024
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one rank runs at once, at its longest."""
+    """The longest micro-batch that one rank runs."""
 
     rows: int
     source_tokens: int
