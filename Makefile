@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-ENGINE_TESTS := $(patsubst %,tests/test_%.py,ds_config gathers residency quantized slices zero_matches_local planning peft_parity)
+ENGINE_TESTS := $(patsubst %,tests/test_%.py,ds_config gathers residency quantized slices \
+	zero_matches_local planning peft_parity families moe multimodal_checkpoints)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long newest check fmt bench docs clean
