@@ -58,7 +58,7 @@ def wait_for_a_checkpoint(process: subprocess.Popen[bytes], folder: Path) -> Non
 
 
 def check_stopped(project: Path, folder: Path, by: str) -> int:
-    """Check that a run has said, saved and recorded its last step; return the step."""
+    """Check that a run has printed, saved and recorded its last step; return the step."""
     log = (project / "log.txt").read_text()
     assert "Traceback" not in log
     last = step_records(folder)[-1].step
