@@ -186,23 +186,9 @@ def test_decoding_with_a_cache_is_recomputing(family: str, folder: Path, attenti
         for row, task in enumerate(tasks):
             prompt = ids[row : row + 1, mask[row].bool()]
             with adapted.adapting(task.view(1)):
-                expected = recomputed(adapted, prompt, int(limits[row]))
+                expected = tiny.recomputed(adapted, prompt, int(limits[row]))
             assert torch.equal(cached[row, : len(expected)], expected)
     assert not torch.equal(cached, untouched)
-
-
-def recomputed(adapted: AdaptedModel, prompt: Tensor, count: int) -> Tensor:
-    """Continue a prompt [1, T] greedily, running everything again for every token."""
-    tokens: list[int] = []
-    for _ in range(count):
-        new = torch.tensor([tokens], dtype=torch.int64)
-        if adapted.architecture.is_encoder_decoder:
-            start = torch.tensor([[adapted.backbone.config.decoder_start_token_id]])
-            inputs = {"input_ids": prompt, "decoder_input_ids": torch.cat([start, new], dim=1)}
-        else:
-            inputs = {"input_ids": torch.cat([prompt, new], dim=1)}
-        tokens.append(int(adapted.backbone(**inputs, use_cache=False).logits[0, -1].argmax()))
-    return torch.tensor(tokens)
 
 
 def test_label_logits_are_rows_of_the_whole(family: str, folder: Path):

@@ -234,22 +234,8 @@ def test_a_prefix_while_decoding(family: str, folder: Path, attention: str, padd
         for row, task in enumerate(tasks):
             prompt = ids[row : row + 1, mask[row].bool()]
             with adapted.adapting(task.view(1)):
-                assert torch.equal(recomputed(adapted, prompt, 5), cached[row])
+                assert torch.equal(tiny.recomputed(adapted, prompt, 5), cached[row])
     assert not torch.equal(cached, untouched)
-
-
-def recomputed(adapted: AdaptedModel, prompt: Tensor, count: int) -> Tensor:
-    """Continue a prompt [1, T] greedily, running everything again for every token."""
-    tokens: list[int] = []
-    for _ in range(count):
-        new = torch.tensor([tokens], dtype=torch.int64)
-        if adapted.architecture.is_encoder_decoder:
-            start = torch.tensor([[adapted.backbone.config.decoder_start_token_id]])
-            inputs = {"input_ids": prompt, "decoder_input_ids": torch.cat([start, new], dim=1)}
-        else:
-            inputs = {"input_ids": torch.cat([prompt, new], dim=1)}
-        tokens.append(int(adapted.backbone(**inputs, use_cache=False).logits[0, -1].argmax()))
-    return torch.tensor(tokens)
 
 
 def test_a_prefix_under_either_attention(family: str, folder: Path):

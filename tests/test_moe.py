@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from hyperscale.planning.traffic import plan_traffic, step_operations
 from hyperscale.run.plan import PlanOptions, plan_recipe, render_text
 from tests import tiny
 from tests.gathers import logged_gathers
-from tests.ranks import Ranks, started_ranks
-from tests.runs import corpus_of, engine_of, loader_of, make_recipe, write_tasks
+from tests.ranks import Ranks
+from tests.runs import corpus_of, engine_of, loader_of, make_recipe
 from tests.test_zero_matches_local import (
     Trained,
     assert_same_training,
@@ -88,17 +88,6 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.tiny_family(tmp_path_factory.mktemp("experts") / family, family, **FAMILIES[family])
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def adapted_model(folder: Path, *adapters: Mapping[str, Any], **backbone: Any) -> AdaptedModel:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,8 +29,8 @@ from hyperscale.run.plan import PlanOptions, plan_recipe
 from hyperscale.serving.load import load_bundles
 from tests import tiny
 from tests.command import run
-from tests.ranks import Ranks, started_ranks
-from tests.runs import corpus_of, make_recipe, write_tasks
+from tests.ranks import Ranks
+from tests.runs import corpus_of, make_recipe
 from tests.test_zero_matches_local import assert_same_training, gathered, recipes, train
 
 pytestmark = [
@@ -127,17 +126,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 LAYOUTS = [f"{name}{layout}" for name in WHOLES for layout in ("", "-new")]
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with started_ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def opened(folder: Path) -> tuple[BackboneFolder, BackboneSettings]:

@@ -48,18 +48,7 @@ def test_output_and_gradient_are_those_of_the_stored_weight(bias: bool):
     stored = Int8Linear(linear, *quantize(linear.weight))
     assert not any(one.requires_grad for one in stored.parameters())
     whole = stored.weight.double() * stored.weight_scale.double().unsqueeze(1)
-    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    other = x.detach().double().requires_grad_()
-    y = stored(x)
-    expected = other @ whole.T + (linear.bias.double() if bias else 0.0)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(stored(x.detach()), y.detach(), rtol=0, atol=0)
-    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    y.backward(gradient)
-    expected.backward(gradient.double())
-    assert x.grad is not None
-    assert other.grad is not None
-    torch.testing.assert_close(x.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+    tiny.check_products(stored, whole, linear.bias)
 
 
 def test_nothing_of_the_weight_waits_for_the_backward_pass():

@@ -23,6 +23,7 @@ from hyperscale.model.quantized.four_bits import (
     dequantize_with_bitsandbytes,
     four_bits_of,
 )
+from tests import tiny
 from tests.bitsandbytes_numbers import DTYPES, FILE, SHAPES, digest, numbers_of, numbers_of_bitsandbytes, weight_of
 
 KINDS: tuple[FourBitKind, ...] = get_args(FourBitKind)
@@ -105,18 +106,7 @@ def test_output_and_gradient_are_those_of_the_stored_weight(kind: FourBitKind, w
     )
     whole = dequantize(quantize(linear.weight, kind), kind, linear.weight.numel(), torch.float64).view(11, width)
     assert 0 < (whole - linear.weight).abs().max() < 0.1
-    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    other = x.detach().double().requires_grad_()
-    y = stored(x)
-    expected = other @ whole.T + (linear.bias.double() if bias else 0.0)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(stored(x.detach()), y.detach(), rtol=0, atol=0)
-    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    y.backward(gradient)
-    expected.backward(gradient.double())
-    assert x.grad is not None
-    assert other.grad is not None
-    torch.testing.assert_close(x.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
+    tiny.check_products(stored, whole, linear.bias)
 
 
 def test_nothing_of_the_weight_waits_for_the_backward_pass():

@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
@@ -293,3 +293,33 @@ def disturb(generator: nn.Module, std: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.add_(std * torch.randn(parameter.shape, generator=random))
+
+
+def recomputed(adapted: AdaptedModel, prompt: Tensor, count: int) -> Tensor:
+    """Continue a prompt [1, T] greedily, running everything again for every token."""
+    tokens: list[int] = []
+    for _ in range(count):
+        new = torch.tensor([tokens], dtype=torch.int64)
+        if adapted.architecture.is_encoder_decoder:
+            start = torch.tensor([[adapted.backbone.config.decoder_start_token_id]])
+            inputs = {"input_ids": prompt, "decoder_input_ids": torch.cat([start, new], dim=1)}
+        else:
+            inputs = {"input_ids": torch.cat([prompt, new], dim=1)}
+        tokens.append(int(adapted.backbone(**inputs, use_cache=False).logits[0, -1].argmax()))
+    return torch.tensor(tokens)
+
+
+def check_products(stored: nn.Module, whole: Tensor, bias: Tensor | None) -> None:
+    """Compare a quantized layer's output and input gradient with products of its stored weight [out, in], fp64."""
+    x = torch.randn(3, 5, whole.shape[1], generator=torch.Generator().manual_seed(1), requires_grad=True)
+    other = x.detach().double().requires_grad_()
+    y = stored(x)
+    expected = other @ whole.T + (0.0 if bias is None else bias.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stored(x.detach()), y.detach(), rtol=0, atol=0)
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    y.backward(gradient)
+    expected.backward(gradient.double())
+    assert x.grad is not None
+    assert other.grad is not None
+    torch.testing.assert_close(x.grad.double(), other.grad, rtol=1e-5, atol=1e-6)
